@@ -1,0 +1,68 @@
+"""The growing layer's forward and backward in plain torch: the definition every faster op is tested against.
+
+A growing layer is a kernel machine on the zero-mean ReLU kernel. With unit inputs ``gbar`` and unit rows ``B`` its
+output is ``F00(gbar Bᵀ) (amult A)``; scale, bias and decay factor are applied around it (``pizoo.nn``).
+Source: Yang, Santacroce, Hu (ICLR 2022), section 3; Table 1 of its appendix for F00, F11, F02.
+"""
+
+from __future__ import annotations
+
+import torch
+from opt_einsum import contract
+from torch import Tensor
+
+from pizoo.functional import F00, F02, F11
+
+
+def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which rows of ``dtype`` are summed: float32 for anything shorter than it, else ``dtype``."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def correlations(gbar: Tensor, B: Tensor) -> Tensor:
+    """``q = gbar Bᵀ`` clamped to [-1, 1], in the accumulate dtype. Shapes [b, r], [M, r] -> [b, M]."""
+    dtype = accumulate_dtype(B.dtype)
+    return (gbar.to(dtype) @ B.to(dtype).T).clamp(-1, 1)
+
+
+def growing_forward(gbar: Tensor, A: Tensor, B: Tensor, amult: Tensor, count: Tensor | None = None) -> Tensor:
+    """``F00(q) (amult A)`` with ``q = gbar Bᵀ``.
+
+    Args:
+        gbar: unit inputs [b, r].
+        A: rows [M, r_out], float16 to float64.
+        B: rows [M, r] of norm 1, same dtype as ``A``.
+        amult: row multipliers [M], float32 (float64 for float64 rows).
+        count: how many leading rows count, an integer tensor of one element on the same device; ``None``: all of them.
+
+    Returns:
+        [b, r_out] in the accumulate dtype (float32, or float64 for float64 rows).
+    """
+    A, B, amult = _leading(count, A, B, amult)
+    q = correlations(gbar, B)
+    return contract("bm,m,mo->bo", F00(q), amult.to(q.dtype), A.to(q.dtype))
+
+
+def growing_backward(
+    gbar: Tensor, A: Tensor, B: Tensor, amult: Tensor, delta: Tensor, count: Tensor | None = None
+) -> Tensor:
+    """The gradient of ``s * growing_forward(g / s, ...)`` with respect to g, where s = |g| and gbar = g / s.
+
+    ``(dγ F11(q)) B + (Σ_m dγ F02(q)) gbar`` with ``dγ = delta (amult A)ᵀ``: finite also at q = ±1, where the derivative
+    of the arc-cosine alone is not.
+
+    Args:
+        delta: gradient at the output of ``growing_forward`` [b, r_out]; the rest as there.
+
+    Returns:
+        [b, r] in the accumulate dtype.
+    """
+    A, B, amult = _leading(count, A, B, amult)
+    q = correlations(gbar, B)
+    dgamma = contract("bo,m,mo->bm", delta.to(q.dtype), amult.to(q.dtype), A.to(q.dtype))
+    along = (dgamma * F02(q)).sum(1, keepdim=True)
+    return (dgamma * F11(q)) @ B.to(q.dtype) + along * gbar.to(q.dtype)
+
+
+def _leading(count: Tensor | None, *rows: Tensor) -> tuple[Tensor, ...]:
+    return rows if count is None else tuple(part[: int(count)] for part in rows)
