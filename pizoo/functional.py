@@ -152,3 +152,37 @@ def check_kernel_inputs(x: Tensor, y: Tensor, depth: int) -> None:
         raise ValueError(f"x and y have shapes {tuple(x.shape)} and {tuple(y.shape)}; they must be [n, d] and [m, d]")
     if not isinstance(depth, int) or depth < 1:
         raise ValueError(f"depth is {depth!r}; it must be an integer of at least 1")
+
+
+def centred_one_hot(labels: Tensor, num_classes: int, dtype: torch.dtype = torch.float64) -> Tensor:
+    """One-hot labels minus 0.5, the targets of kernel ridge regression: int64 [n] -> [n, num_classes]."""
+    return torch.nn.functional.one_hot(labels, num_classes).to(dtype) - 0.5
+
+
+def solve_ridge(kernel: Tensor, targets: Tensor, ridge: float) -> Tensor:
+    """Dual coefficients ``(K + ridge I)^{-1} targets`` of kernel ridge regression, by Cholesky decomposition in float64.
+
+    Args:
+        kernel: [n, n], symmetric positive semi-definite. A float64 kernel is overwritten: at n = 50,000 a copy is 20 GB.
+        targets: [n, k].
+        ridge: added to the diagonal, positive.
+
+    Returns:
+        [n, k], float64.
+
+    Raises:
+        ValueError: ridge not positive, shapes that do not fit, a matrix that is not positive definite with this ridge.
+    """
+    if not ridge > 0:
+        raise ValueError(f"ridge is {ridge}; it must be positive")
+    n = len(kernel)
+    if kernel.shape != (n, n) or targets.ndim != 2 or len(targets) != n:
+        raise ValueError(
+            f"kernel and targets have shapes {list(kernel.shape)} and {list(targets.shape)}; they must be [n, n] and [n, k]"
+        )
+    kernel = kernel.double()
+    kernel.diagonal().add_(ridge)
+    factor, info = torch.linalg.cholesky_ex(kernel)
+    if info.item():
+        raise ValueError(f"kernel + {ridge} I is not positive definite (minor {info.item()}); it needs a larger ridge")
+    return torch.cholesky_solve(targets.double(), factor)

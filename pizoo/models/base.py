@@ -1,0 +1,104 @@
+"""What all networks of the zoo share: inputs, features, and a description from which they can be rebuilt."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pizoo.nn import check_positive
+from pizoo.rows import Rows, rows_problem
+
+
+class PiNet(nn.Module):
+    """Base of :class:`InfPiMLP`, :class:`FinPiMLP` and :class:`MuMLP`.
+
+    Attributes:
+        hparams: the constructor's arguments as plain JSON values: ``type(net)(**net.hparams)`` builds a net like it.
+        d_in, num_classes: input dimension and number of outputs.
+    """
+
+    def __init__(self, **hparams: Any):
+        super().__init__()
+        check_positive(**{k: v for k, v in hparams.items() if k in ("d_in", "d_out", "r", "width", "hidden_layers")})
+        for name, value in hparams.items():
+            if name.endswith("alpha") and value is not None and not math.isfinite(value):
+                raise ValueError(f"{name} is {value!r}; it must be a finite number")
+        self.hparams = hparams
+        self.d_in: int = hparams["d_in"]
+        self.num_classes: int = hparams["d_out"]
+
+    def flatten(self, x: Tensor) -> Tensor:
+        """[B, d] or [B, C, H, W] (channel-first) -> [B, d].
+
+        Raises:
+            ValueError: another number of values per sample than ``d_in``, or an empty batch.
+        """
+        if x.ndim < 2 or math.prod(x.shape[1:]) != self.d_in:
+            raise ValueError(
+                f"x has shape {list(x.shape)}; it must be [B, {self.d_in}] or [B, C, H, W] with C*H*W = {self.d_in}"
+            )
+        return x.flatten(1)
+
+    def features(self, x: Tensor) -> Tensor:
+        """What the feature kernel uses; see the subclasses."""
+        raise NotImplementedError
+
+    def feature_kernel(self, x: Tensor, y: Tensor) -> Tensor:
+        """Feature kernel between two sets of :meth:`features`: [n, k], [m, k] -> [n, m]."""
+        raise NotImplementedError
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False):
+        """As torch's; growing layers take any number of rows. A state that does not fit leaves the net as it was.
+
+        Raises:
+            RuntimeError: missing or unexpected keys (when ``strict``), shapes that do not fit.
+        """
+        if problems := state_problems(self, state_dict):
+            raise RuntimeError(f"{type(self).__name__} cannot load this state: " + "; ".join(problems))
+        if strict:
+            own = {name for name, _ in _persistent_tensors(self)}
+            missing, unexpected = sorted(own - set(state_dict)), sorted(set(state_dict) - own)
+            if missing or unexpected:
+                raise RuntimeError(
+                    f"{type(self).__name__} cannot load this state: missing keys {missing}, unexpected keys {unexpected}"
+                )
+        return super().load_state_dict(state_dict, strict, assign)
+
+
+def state_problems(model: nn.Module, state_dict: Mapping[str, Tensor]) -> list[str]:
+    """What in ``state_dict`` does not fit ``model``, in words: shapes, and rows that do not belong together."""
+    problems = []
+    rows = {f"{name}." if name else "": module for name, module in model.named_modules() if isinstance(module, Rows)}
+    grown = set()
+    for prefix, module in rows.items():
+        names = [prefix + part for part in ("A", "B", "amult")]
+        grown.update(names)
+        if all(name in state_dict for name in names):
+            A, B, amult = (state_dict[name] for name in names)
+            problem = rows_problem(A, B, amult, r=module.B.shape[1], r_out=module.A.shape[1], prefix=prefix)
+            problems += [problem] if problem else []
+    for name, tensor in _persistent_tensors(model):
+        if name not in grown and name in state_dict and state_dict[name].shape != tensor.shape:
+            problems.append(f"{name} has shape {list(state_dict[name].shape)}; it must be {list(tensor.shape)}")
+    return problems
+
+
+def _persistent_tensors(model: nn.Module):
+    """Names and tensors of ``model.state_dict()``, without copying rows."""
+    for prefix, module in model.named_modules():
+        prefix = f"{prefix}." if prefix else ""
+        for name, tensor in (*module._parameters.items(), *module._buffers.items()):
+            if tensor is not None and name not in module._non_persistent_buffers_set:
+                yield prefix + name, tensor
+        if isinstance(module, Rows):
+            yield prefix + "amult", module.stored_amult
+
+
+@torch.no_grad()
+def batched(function, x: Tensor, batch_size: int) -> Tensor:
+    """``function`` over x in batches, joined; keeps memory at one batch."""
+    return torch.cat([function(part) for part in x.split(batch_size)])

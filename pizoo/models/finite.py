@@ -1,0 +1,218 @@
+"""Finite nets: the π-net sampled from an infinite one, and the μ-net.
+
+Source: Yang, Santacroce, Hu (ICLR 2022), section 4 and the appendix on finite-width projection.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from pizoo import functional
+from pizoo.models.base import PiNet
+from pizoo.nn import InfPiLinear, PiLinear, projection_basis
+
+if TYPE_CHECKING:
+    from pizoo.models.infpi import InfPiMLP
+
+ROWS_AT_ONCE = 65_536  # rows of the infinite net that sampling holds in memory, times the width
+
+
+class _FiniteMLP(PiNet):
+    """An ordinary ReLU MLP with the π-net's multipliers: ``hidden_layers`` hidden layers of ``width`` and a read-out."""
+
+    def __init__(self, *, device=None, dtype=None, **hparams):
+        super().__init__(**hparams)
+        self.width: int = hparams["width"]
+        bias_alpha, last_bias_alpha = hparams["bias_alpha"], hparams["last_bias_alpha"]
+        depth = hparams["hidden_layers"]
+        sizes = [self.d_in, *[self.width] * depth, self.num_classes]
+        self.layers = nn.ModuleList(
+            PiLinear(
+                sizes[l],
+                sizes[l + 1],
+                bias_alpha=last_bias_alpha if l == depth and last_bias_alpha is not None else bias_alpha,
+                alpha={0: hparams["first_layer_alpha"], depth: hparams["last_layer_alpha"]}.get(l, 1.0),
+                role="input" if l == 0 else "readout" if l == depth else "hidden",
+                device=device,
+                dtype=dtype,
+            )
+            for l in range(depth + 1)
+        )
+
+    def basis(self, l: int) -> Tensor | None:
+        """What gradients of layer l are projected onto: orthonormal columns [width, r], or None."""
+        return None
+
+    def features(self, x: Tensor) -> Tensor:
+        """The last hidden post-activation [B, width]."""
+        h = self.flatten(x)
+        for l, layer in enumerate(self.layers[:-1]):
+            h = torch.relu(layer(h, self.basis(l)))
+        return h
+
+    def feature_kernel(self, x: Tensor, y: Tensor) -> Tensor:
+        """``cos(x, y) / 2`` between two sets of features: [n, width], [m, width] -> [n, m]."""
+        return functional.feature_kernel_from_postactivations(x, y)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, d_in] or [B, C, H, W] -> [B, d_out]."""
+        return self.layers[-1](self.features(x))
+
+
+class MuMLP(_FiniteMLP):
+    """The μ-net, the paper's baseline: normal weights with variance 2 / fan_in, zero biases, no projection.
+
+    Args:
+        d_in, d_out, hidden_layers, bias_alpha, last_bias_alpha, first_layer_alpha, last_layer_alpha: as for
+            :class:`InfPiMLP`.
+        width: units of each hidden layer.
+        readout_zero_init: start with a read-out of zeros.
+        device, dtype: of the parameters.
+
+    State: ``layers.{l}.weight``, ``layers.{l}.bias``, l = 0..hidden_layers.
+    """
+
+    def __init__(
+        self,
+        d_in: int,
+        d_out: int,
+        width: int,
+        hidden_layers: int = 2,
+        bias_alpha: float = 1.0,
+        last_bias_alpha: float | None = None,
+        first_layer_alpha: float = 1.0,
+        last_layer_alpha: float = 1.0,
+        readout_zero_init: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__(
+            d_in=d_in,
+            d_out=d_out,
+            width=width,
+            hidden_layers=hidden_layers,
+            bias_alpha=bias_alpha,
+            last_bias_alpha=last_bias_alpha,
+            first_layer_alpha=first_layer_alpha,
+            last_layer_alpha=last_layer_alpha,
+            readout_zero_init=readout_zero_init,
+            device=device,
+            dtype=dtype,
+        )
+        if readout_zero_init:
+            nn.init.zeros_(self.layers[-1].weight)
+
+
+class _Projections(nn.Module):
+    """The Ω of each hidden layer as buffers "0", "1", ..., and orthonormal bases of their spans."""
+
+    def __init__(self, omegas: list[Tensor]):
+        super().__init__()
+        for l, omega in enumerate(omegas):
+            self.register_buffer(str(l), omega)
+            self.register_buffer(f"basis{l}", projection_basis(omega), persistent=False)
+
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        for l in range(len(self._buffers) // 2):
+            if f"{prefix}{l}" in state_dict:
+                setattr(self, f"basis{l}", projection_basis(getattr(self, str(l))))
+
+
+class FinPiMLP(_FiniteMLP):
+    """A finite π-net: sampled from an infinite one, trained with gradients projected onto the span of its samples Ω.
+
+    Constructed directly, it is sampled from a fresh :class:`InfPiMLP`; :meth:`InfPiMLP.sample` samples from a given one.
+
+    Args:
+        r: rank of the probability space, at most ``width``.
+        projected: project gradients; False trains the same sample without.
+        the rest: as for :class:`MuMLP`.
+
+    State: ``layers.{l}.weight``, ``layers.{l}.bias``, l = 0..hidden_layers; buffers ``omega.{l}`` [width, r] of the hidden
+    layers.
+    """
+
+    def __init__(
+        self,
+        d_in: int,
+        d_out: int,
+        width: int,
+        r: int,
+        hidden_layers: int = 2,
+        bias_alpha: float = 1.0,
+        last_bias_alpha: float | None = None,
+        first_layer_alpha: float = 1.0,
+        last_layer_alpha: float = 1.0,
+        readout_zero_init: bool = False,
+        projected: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        shared = {
+            "d_in": d_in,
+            "d_out": d_out,
+            "r": r,
+            "hidden_layers": hidden_layers,
+            "bias_alpha": bias_alpha,
+            "last_bias_alpha": last_bias_alpha,
+            "first_layer_alpha": first_layer_alpha,
+            "last_layer_alpha": last_layer_alpha,
+            "readout_zero_init": readout_zero_init,
+        }
+        super().__init__(width=width, projected=projected, **shared, device=device, dtype=dtype)
+        if width < r:
+            raise ValueError(f"width is {width}; it must be at least r = {r} to project onto the span of the samples")
+        self.r = r
+        self.omega = _Projections([torch.randn(width, r, device=device, dtype=dtype) for _ in range(hidden_layers)])
+        from pizoo.models.infpi import InfPiMLP
+
+        self._sample(InfPiMLP(**shared, device=device, dtype=dtype))
+
+    @classmethod
+    def sample_from(cls, net: InfPiMLP, width: int, omegas: list[Tensor] | None = None) -> FinPiMLP:
+        """See :meth:`InfPiMLP.sample`."""
+        hparams = {k: v for k, v in net.hparams.items() if k != "layernorm"}
+        finite = cls(width=width, **hparams, device=net.input.A.device, dtype=net.input.A.dtype)
+        if omegas is not None:
+            wanted = [width, net.r]
+            shapes = [list(omega.shape) for omega in omegas]
+            if shapes != [wanted] * net.hparams["hidden_layers"]:
+                raise ValueError(
+                    f"omegas have shapes {shapes}; they must be {net.hparams['hidden_layers']} of {wanted}"
+                )
+            finite.omega = _Projections([omega.to(net.input.A) for omega in omegas])
+        finite._sample(net)
+        return finite
+
+    def basis(self, l: int) -> Tensor | None:
+        return getattr(self.omega, f"basis{l}") if self.hparams["projected"] else None
+
+    @torch.no_grad()
+    def _sample(self, net: InfPiMLP) -> None:
+        """Set weights and biases to the sample of ``net`` at this net's Ω."""
+        n = self.width
+        omegas = [getattr(self.omega, str(l)) for l in range(self.hparams["hidden_layers"])]
+        first, *hidden, last = self.layers
+        first.weight.copy_(omegas[0] @ net.input.A.T / math.sqrt(n))
+        for layer, rows, before, after in zip(hidden, net.hidden, omegas, omegas[1:], strict=False):
+            layer.weight.copy_(after @ _output_of_units(rows, before).to(after.dtype) / n)
+        last.weight.copy_(_output_of_units(net.output, omegas[-1]) / math.sqrt(n))
+        for layer, source, omega in zip([first, *hidden], [net.input, *net.hidden], omegas, strict=True):
+            if source.bias is not None:
+                layer.bias.copy_(omega @ source.bias / math.sqrt(n))
+        if last.bias is not None:
+            last.bias.copy_(net.output.bias)
+
+
+def _output_of_units(layer: InfPiLinear, omega: Tensor) -> Tensor:
+    """``(amult A)ᵀ relu(Ω Bᵀ)ᵀ`` [r_out, n], block by block of rows, in at least float32."""
+    dtype = torch.promote_types(layer.A.dtype, torch.float32)
+    total = torch.zeros(layer.A.shape[1], len(omega), device=omega.device, dtype=dtype)
+    for A, B, amult in zip(*(t.detach().split(ROWS_AT_ONCE) for t in (layer.A, layer.B, layer.amult)), strict=True):
+        total += (amult[:, None] * A.to(dtype)).T @ torch.relu(B.to(dtype) @ omega.to(dtype).T)
+    return total

@@ -1,0 +1,119 @@
+"""The infinitely wide π-net. Source: Yang, Santacroce, Hu (ICLR 2022), sections 2 and 3."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from pizoo import functional
+from pizoo.models.base import PiNet
+from pizoo.models.finite import FinPiMLP
+from pizoo.nn import InfPiInput, InfPiLinear
+
+
+class InfPiMLP(PiNet):
+    """An infinitely wide ReLU MLP that learns features, restricted to a probability space of rank r.
+
+    Args:
+        d_in: input dimension; images [B, C, H, W] are flattened channel-first.
+        d_out: number of outputs.
+        r: rank of the probability space.
+        hidden_layers: the paper's L: L - 1 growing hidden layers, then the growing read-out.
+        bias_alpha: multiplier of all biases but the read-out's; 0 leaves them out.
+        last_bias_alpha: multiplier of the read-out's bias; None: ``bias_alpha``.
+        first_layer_alpha, last_layer_alpha: multipliers of the first layer's and the read-out's whole output.
+        layernorm: normalise what enters each growing layer.
+        readout_zero_init: start with a read-out of one row that contributes nothing.
+        device, dtype: of the parameters; ``amult`` stays in at least float32.
+        rows_dtype: of the rows of growing layers, where nearly all memory is; None: ``dtype``. float16 rows under float32
+            inputs and biases is how the zoo's nets are trained.
+
+    State: ``input.A [d_in, r]``, ``input.bias [r]``, ``hidden.{i}.A [M, r] | B [M, r] | amult [M] | bias [r]``,
+    ``output.A [M, d_out] | B | amult | bias [d_out]``.
+
+    Raises:
+        ValueError: sizes not positive, multipliers not finite.
+    """
+
+    def __init__(
+        self,
+        d_in: int,
+        d_out: int,
+        r: int,
+        hidden_layers: int = 2,
+        bias_alpha: float = 1.0,
+        last_bias_alpha: float | None = None,
+        first_layer_alpha: float = 1.0,
+        last_layer_alpha: float = 1.0,
+        layernorm: bool = False,
+        readout_zero_init: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        rows_dtype: torch.dtype | None = None,
+    ):
+        super().__init__(
+            d_in=d_in,
+            d_out=d_out,
+            r=r,
+            hidden_layers=hidden_layers,
+            bias_alpha=bias_alpha,
+            last_bias_alpha=last_bias_alpha,
+            first_layer_alpha=first_layer_alpha,
+            last_layer_alpha=last_layer_alpha,
+            layernorm=layernorm,
+            readout_zero_init=readout_zero_init,
+        )
+        self.r = r
+        factory = {"device": device, "dtype": dtype}
+        growing = {"layernorm": layernorm, "identity_init": d_in == r, **factory}
+        self.input = InfPiInput(d_in, r, bias_alpha=bias_alpha, alpha=first_layer_alpha, **factory)
+        self.hidden = nn.ModuleList(
+            InfPiLinear(r, r, bias_alpha=bias_alpha, **growing) for _ in range(hidden_layers - 1)
+        )
+        self.output = InfPiLinear(
+            r,
+            d_out,
+            bias_alpha=bias_alpha if last_bias_alpha is None else last_bias_alpha,
+            alpha=last_layer_alpha,
+            role="readout",
+            zero_init=readout_zero_init,
+            **growing,
+        )
+        if rows_dtype is not None:
+            for layer in self.growing_layers.values():
+                layer.to_rows_dtype(rows_dtype)
+
+    @property
+    def growing_layers(self) -> dict[str, InfPiLinear]:
+        """Name to layer: ``hidden.0``, ..., ``output``."""
+        return {**{f"hidden.{i}": layer for i, layer in enumerate(self.hidden)}, "output": self.output}
+
+    def features(self, x: Tensor) -> Tensor:
+        """The last hidden pre-activation, coordinates g [B, r]."""
+        g = self.input(self.flatten(x))
+        for layer in self.hidden:
+            g = layer(g)
+        return g
+
+    def feature_kernel(self, x: Tensor, y: Tensor) -> Tensor:
+        """``F00(cos(x, y))`` between two sets of features: [n, r], [m, r] -> [n, m]."""
+        return functional.feature_kernel_from_preactivations(x, y)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, d_in] or [B, C, H, W] -> [B, d_out]."""
+        return self.output(self.features(x))
+
+    @torch.no_grad()
+    def sample(self, width: int, omegas: list[Tensor] | None = None) -> FinPiMLP:
+        """A finite π-net of ``width`` units a layer, drawn from this net; as the width grows its function approaches this one.
+
+        Args:
+            width: n, at least r.
+            omegas: one [n, r] per hidden layer; None: drawn standard normal.
+
+        Raises:
+            ValueError: width below r, omegas of other number or shape; a net with layernorm, which has no finite counterpart.
+        """
+        if self.hparams["layernorm"]:
+            raise ValueError("a net with layernorm=True has no finite counterpart to sample")
+        return FinPiMLP.sample_from(self, width, omegas)

@@ -1,0 +1,176 @@
+"""Kernel regressors of networks that do not learn features: NNGP and NTK, kept as dual coefficients."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pizoo import functional
+from pizoo.data import fingerprint
+from pizoo.nn import check_positive
+
+KERNEL_ENTRIES_AT_ONCE = 2**25  # of a kernel computed block by block: 256 MB in float64, a few times over
+
+
+class KernelRegressor(nn.Module):
+    """Kernel ridge regression on one-hot labels minus 0.5; ``forward`` gives one score per class, argmax predicts.
+
+    It holds dual coefficients ``dual`` [n, classes] in float64 and needs its n training inputs to predict: :meth:`fit` keeps
+    them, a loaded regressor gets them by :meth:`attach`, which recognises them by their fingerprint.
+
+    Args:
+        d_in: input dimension.
+        d_out: number of classes.
+        ridge: added to the diagonal of the kernel, positive.
+        train_fingerprint: of the training inputs (set by :meth:`fit`).
+        kernel: hyper-parameters of the kernel function, see the subclasses.
+    """
+
+    kernel_function = None
+
+    def __init__(self, d_in: int, d_out: int, ridge: float = 1e-4, train_fingerprint: str | None = None, **kernel: Any):
+        super().__init__()
+        check_positive(d_in=d_in, d_out=d_out, depth=kernel["depth"])
+        if not ridge > 0:
+            raise ValueError(f"ridge is {ridge}; it must be positive")
+        self.d_in, self.num_classes, self.ridge, self.kernel = d_in, d_out, ridge, kernel
+        self.train_fingerprint = train_fingerprint
+        self.register_buffer("dual", torch.zeros(0, d_out, dtype=torch.float64))
+        self.register_buffer("train_x", None, persistent=False)
+
+    @property
+    def hparams(self) -> dict[str, Any]:
+        """The constructor's arguments as plain JSON values."""
+        return {
+            "d_in": self.d_in,
+            "d_out": self.num_classes,
+            "ridge": self.ridge,
+            "train_fingerprint": self.train_fingerprint,
+            **self.kernel,
+        }
+
+    @torch.no_grad()
+    def kernel_matrix(self, x: Tensor, y: Tensor) -> Tensor:
+        """The kernel between inputs [n, d] and [m, d], block by block, in x's dtype: [n, m]."""
+        function = getattr(functional, self.kernel_function)
+        rows = max(1, KERNEL_ENTRIES_AT_ONCE // max(1, len(y)))
+        out = x.new_empty(len(x), len(y))
+        for start in range(0, len(x), rows):
+            out[start : start + rows] = function(x[start : start + rows], y, **self.kernel)
+        return out
+
+    @torch.no_grad()
+    def fit(self, x: Tensor, y: Tensor) -> KernelRegressor:
+        """Solve for the dual coefficients on inputs x [n, d] or [n, C, H, W] and labels y int64 [n]; float64 throughout.
+
+        Raises:
+            ValueError: shapes that do not fit, labels out of range, a kernel that needs a larger ridge.
+        """
+        x = self._flatten(x).double()
+        if y.shape != (len(x),) or y.min() < 0 or y.max() >= self.num_classes:
+            raise ValueError(
+                f"y has shape {list(y.shape)} and values from {y.min()} to {y.max()}; it must be [{len(x)}] with labels "
+                f"0 to {self.num_classes - 1}"
+            )
+        targets = functional.centred_one_hot(y.to(x.device), self.num_classes)
+        self.dual = functional.solve_ridge(self.kernel_matrix(x, x), targets, self.ridge)
+        self.train_x, self.train_fingerprint = x, fingerprint(x)
+        return self
+
+    def attach(self, train_x: Tensor) -> KernelRegressor:
+        """Give a loaded regressor its training inputs, normalised as its recipe says, in the order it was fitted on.
+
+        Raises:
+            ValueError: other inputs than those it was fitted on.
+        """
+        train_x = self._flatten(train_x).double()
+        found = fingerprint(train_x)
+        if found != self.train_fingerprint:
+            raise ValueError(
+                f"train_x {list(train_x.shape)} has fingerprint {found[:12]}; this regressor was fitted on "
+                f"{len(self.dual)} inputs with fingerprint {str(self.train_fingerprint)[:12]}"
+            )
+        self.train_x = train_x.to(self.dual.device)
+        return self
+
+    @torch.no_grad()
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, d] or [B, C, H, W] -> scores [B, classes], float64.
+
+        Raises:
+            RuntimeError: no training inputs yet.
+        """
+        if self.train_x is None:
+            raise RuntimeError(
+                f"this {type(self).__name__} predicts from its training inputs: call attach(train_x) first, or fit(x, y)"
+            )
+        x = self._flatten(x).to(self.dual)
+        return self.kernel_matrix(x, self.train_x) @ self.dual
+
+    def _flatten(self, x: Tensor) -> Tensor:
+        x = x.flatten(1) if x.ndim > 1 else x
+        if x.ndim != 2 or x.shape[1] != self.d_in or len(x) == 0:
+            raise ValueError(
+                f"x has shape {list(x.shape)} when flattened; it must be [n, {self.d_in}] with n of at least 1"
+            )
+        return x
+
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        dual = state_dict.get(prefix + "dual")
+        if dual is not None and dual.ndim == 2 and dual.shape[1] == self.num_classes:
+            self.dual = self.dual.new_empty(dual.shape)  # any number of training inputs
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+class NNGPRegressor(KernelRegressor):
+    """Regression with :func:`pizoo.functional.nngp`: ``NNGPRegressor(d_in, d_out, depth=2, var_w=1.0, var_b=0.0, ridge=1e-4)``."""
+
+    kernel_function = "nngp"
+
+    def __init__(
+        self,
+        d_in: int,
+        d_out: int,
+        depth: int = 2,
+        var_w: float = 1.0,
+        var_b: float = 0.0,
+        ridge: float = 1e-4,
+        train_fingerprint: str | None = None,
+    ):
+        super().__init__(d_in, d_out, ridge, train_fingerprint, depth=depth, var_w=var_w, var_b=var_b)
+
+
+class NTKRegressor(KernelRegressor):
+    """Regression with :func:`pizoo.functional.ntk`, whose parameters these are."""
+
+    kernel_function = "ntk"
+
+    def __init__(
+        self,
+        d_in: int,
+        d_out: int,
+        depth: int = 2,
+        var_w: float = 1.0,
+        var_b: float = 0.0,
+        first_layer_lr_mult: float = 1.0,
+        last_layer_lr_mult: float = 1.0,
+        bias_lr_mult: float = 1.0,
+        form: str = "reference",
+        ridge: float = 1e-4,
+        train_fingerprint: str | None = None,
+    ):
+        super().__init__(
+            d_in,
+            d_out,
+            ridge,
+            train_fingerprint,
+            depth=depth,
+            var_w=var_w,
+            var_b=var_b,
+            first_layer_lr_mult=first_layer_lr_mult,
+            last_layer_lr_mult=last_layer_lr_mult,
+            bias_lr_mult=bias_lr_mult,
+            form=form,
+        )
