@@ -105,6 +105,8 @@ class InfPiLinear(Rows):
         check_positive(r=r, out_features=out_features)
         if role not in ("hidden", "readout"):
             raise ValueError(f"role is {role!r}; it must be 'hidden' or 'readout'")
+        if role == "hidden" and out_features != r:
+            raise ValueError(f"out_features is {out_features}; a hidden layer has r = {r}, a read-out role='readout'")
         factory = {"device": device, "dtype": dtype or torch.get_default_dtype()}
         count = 1 if zero_init else r
         B = torch.eye(r, device=device) if identity_init and not zero_init else torch.randn(count, r, device=device)
@@ -143,21 +145,26 @@ class InfPiLinear(Rows):
 
 
 class _Growing(torch.autograd.Function):
-    """What the stored rows contribute, with the gradient written out (see ``pizoo.ops.reference``)."""
+    """What the stored rows contribute, with the gradient written out (see ``pizoo.ops.reference``).
+
+    Autocast does not reach inside: the arc-cosine kernels are steep at q = ±1 and need correlations in float32.
+    """
 
     @staticmethod
     def forward(ctx, g, gbar, s, A, B, amult, decay, layernorm):
         ctx.save_for_backward(gbar, s)
         # Rows stay out of save_for_backward: appending to the storage behind them does not change them.
         ctx.rows, ctx.decay, ctx.layernorm = (A, B, amult), decay, layernorm
-        out = growing_forward(gbar, A, B, amult)
+        with torch.autocast(g.device.type, enabled=False):
+            out = growing_forward(gbar, A, B, amult)
         return (out * (decay if layernorm else s * decay)).to(g.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, delta):
         gbar, s = ctx.saved_tensors
-        dg = growing_backward(gbar, *ctx.rows, delta.to(gbar.dtype) * ctx.decay)
+        with torch.autocast(delta.device.type, enabled=False):
+            dg = growing_backward(gbar, *ctx.rows, delta.to(gbar.dtype) * ctx.decay)
         if ctx.layernorm:
             dg = dg - (dg * gbar).sum(1, keepdim=True) * gbar
             dg = dg / torch.where(s > 0, s, torch.ones_like(s))
@@ -248,11 +255,13 @@ class _ProjectedLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx, delta):
         x, weight, basis = ctx.saved_tensors
+        delta, x = delta.to(weight.dtype), x.to(weight.dtype)  # other than weight's under autocast
         # Projecting δ costs n r b operations, projecting the weight gradient n r d; the result is the same.
         projected = (delta @ basis) @ basis.T
-        grad_bias = projected.sum(0) if ctx.needs_input_grad[2] else None
         grad_x = delta @ weight if ctx.needs_input_grad[0] else None
-        return grad_x, projected.T @ x, grad_bias, None
+        grad_weight = projected.T @ x if ctx.needs_input_grad[1] else None
+        grad_bias = projected.sum(0) if ctx.needs_input_grad[2] else None
+        return grad_x, grad_weight, grad_bias, None
 
 
 def projection_basis(omega: Tensor) -> Tensor:

@@ -193,7 +193,7 @@ class PiSGD(torch.optim.Optimizer):
             )
         velocity = state["velocity"].mul_(group["momentum"]).add_(old, alpha=group["weight_decay"] * new)
         old.sub_(velocity, alpha=step)
-        if step:
+        if group["lr_mult"]:  # also at lr = 0 (a warm-up's first step): the new rows' velocity moves them later
             scale = rows.append(pending.A, pending.B, -step * new)
             state["velocity"] = torch.cat([velocity, new * scale.to(velocity.dtype)])
 

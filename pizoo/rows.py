@@ -7,6 +7,7 @@ appending b rows costs b rows however many there are.
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -120,6 +121,12 @@ class GrowingWeight(nn.Parameter):
         else:
             self._pending.extend(A, B)
 
+    def __deepcopy__(self, memo):
+        """With its layer, so that a net and its optimizer copied together stay together."""
+        if id(self) not in memo:
+            memo[id(self)] = copy.deepcopy(self.rows, memo).A if hasattr(self, "rows") else super().__deepcopy__(memo)
+        return memo[id(self)]
+
     def __reduce_ex__(self, protocol):
         return GrowingWeight, (self.detach().clone(), self.requires_grad)
 
@@ -199,7 +206,17 @@ class Rows(nn.Module):
 
         Returns:
             the power of two of each row [k] (1 for float32 and float64), for whoever keeps numbers per row beside these.
+
+        Raises:
+            ValueError: shapes other than these; nothing is appended.
         """
+        (r_out, r), k = (self.A.shape[1], self.B.shape[1]), len(A)
+        numbers = amult.shape if isinstance(amult, Tensor) and amult.ndim else (k,)
+        if A.shape != (k, r_out) or B.shape != (k, r) or numbers != (k,):
+            raise ValueError(
+                f"new rows have shapes A {list(A.shape)}, B {list(B.shape)}, amult {list(numbers)}; "
+                f"they must be [k, {r_out}], [k, {r}], [k] with one k"
+            )
         scale = row_scale(A) if self.A.dtype.itemsize < 4 else A.new_ones(len(A))
         self._A.append(A / scale[:, None])
         self._B.append(B)
@@ -245,8 +262,12 @@ class Rows(nn.Module):
         elif problem := rows_problem(**rows, r=self.B.shape[1], r_out=self.A.shape[1], prefix=prefix):
             errors.append(problem)
         else:
-            copy = not local_metadata.get("assign_to_params_buffers", False)
-            self.set_rows(**{name: part.detach().clone() if copy else part for name, part in rows.items()})
+            if local_metadata.get("assign_to_params_buffers", False):  # as torch: the state's dtype and device
+                self.A = GrowingWeight(rows["A"].detach(), self.A.requires_grad)
+                self.B = nn.Parameter(rows["B"].detach(), self.B.requires_grad)
+                self.set_rows(**rows)
+            else:
+                self.set_rows(**{name: part.detach().clone() for name, part in rows.items()})
         rest = {key: value for key, value in state_dict.items() if key not in {prefix + name for name in rows}}
         # torch loads what is left (the bias) by its own rules; it would insist on the old number of rows.
         parameters = self._parameters

@@ -1,0 +1,1 @@
+"""Accuracy, feature kernels, verification."""

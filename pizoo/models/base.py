@@ -43,6 +43,16 @@ class PiNet(nn.Module):
             )
         return x.flatten(1)
 
+    def reset_classifier(self, num_classes: int) -> None:
+        """Replace the read-out by a freshly initialised one with ``num_classes`` outputs; the rest stays (timm's name)."""
+        check_positive(num_classes=num_classes)
+        self.hparams["d_out"] = self.num_classes = num_classes
+        self.new_readout()
+
+    def new_readout(self) -> None:
+        """A fresh read-out for ``num_classes``, of the old one's device and dtypes; see the subclasses."""
+        raise NotImplementedError
+
     def features(self, x: Tensor) -> Tensor:
         """What the feature kernel uses; see the subclasses."""
         raise NotImplementedError
@@ -60,7 +70,7 @@ class PiNet(nn.Module):
         if problems := state_problems(self, state_dict):
             raise RuntimeError(f"{type(self).__name__} cannot load this state: " + "; ".join(problems))
         if strict:
-            own = {name for name, _ in _persistent_tensors(self)}
+            own = {name for name, _ in persistent_tensors(self)}
             missing, unexpected = sorted(own - set(state_dict)), sorted(set(state_dict) - own)
             if missing or unexpected:
                 raise RuntimeError(
@@ -81,13 +91,13 @@ def state_problems(model: nn.Module, state_dict: Mapping[str, Tensor]) -> list[s
             A, B, amult = (state_dict[name] for name in names)
             problem = rows_problem(A, B, amult, r=module.B.shape[1], r_out=module.A.shape[1], prefix=prefix)
             problems += [problem] if problem else []
-    for name, tensor in _persistent_tensors(model):
+    for name, tensor in persistent_tensors(model):
         if name not in grown and name in state_dict and state_dict[name].shape != tensor.shape:
             problems.append(f"{name} has shape {list(state_dict[name].shape)}; it must be {list(tensor.shape)}")
     return problems
 
 
-def _persistent_tensors(model: nn.Module):
+def persistent_tensors(model: nn.Module):
     """Names and tensors of ``model.state_dict()``, without copying rows."""
     for prefix, module in model.named_modules():
         prefix = f"{prefix}." if prefix else ""

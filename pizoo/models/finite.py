@@ -27,21 +27,26 @@ class _FiniteMLP(PiNet):
     def __init__(self, *, device=None, dtype=None, **hparams):
         super().__init__(**hparams)
         self.width: int = hparams["width"]
-        bias_alpha, last_bias_alpha = hparams["bias_alpha"], hparams["last_bias_alpha"]
-        depth = hparams["hidden_layers"]
-        sizes = [self.d_in, *[self.width] * depth, self.num_classes]
-        self.layers = nn.ModuleList(
-            PiLinear(
-                sizes[l],
-                sizes[l + 1],
-                bias_alpha=last_bias_alpha if l == depth and last_bias_alpha is not None else bias_alpha,
-                alpha={0: hparams["first_layer_alpha"], depth: hparams["last_layer_alpha"]}.get(l, 1.0),
-                role="input" if l == 0 else "readout" if l == depth else "hidden",
-                device=device,
-                dtype=dtype,
-            )
-            for l in range(depth + 1)
+        self.layers = nn.ModuleList(self._layer(l, device, dtype) for l in range(hparams["hidden_layers"] + 1))
+
+    def _layer(self, l: int, device: torch.device | str | None, dtype: torch.dtype | None) -> PiLinear:
+        hparams, depth = self.hparams, self.hparams["hidden_layers"]
+        last_bias_alpha = hparams["bias_alpha"] if hparams["last_bias_alpha"] is None else hparams["last_bias_alpha"]
+        return PiLinear(
+            self.d_in if l == 0 else self.width,
+            self.num_classes if l == depth else self.width,
+            bias_alpha=last_bias_alpha if l == depth else hparams["bias_alpha"],
+            alpha={0: hparams["first_layer_alpha"], depth: hparams["last_layer_alpha"]}.get(l, 1.0),
+            role="input" if l == 0 else "readout" if l == depth else "hidden",
+            device=device,
+            dtype=dtype,
         )
+
+    def new_readout(self) -> None:
+        weight = self.layers[-1].weight
+        self.layers[-1] = self._layer(len(self.layers) - 1, weight.device, weight.dtype)
+        if self.hparams["readout_zero_init"]:
+            nn.init.zeros_(self.layers[-1].weight)
 
     def basis(self, l: int) -> Tensor | None:
         """What gradients of layer l are projected onto: orthonormal columns [width, r], or None."""

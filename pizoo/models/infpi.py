@@ -65,23 +65,35 @@ class InfPiMLP(PiNet):
         )
         self.r = r
         factory = {"device": device, "dtype": dtype}
-        growing = {"layernorm": layernorm, "identity_init": d_in == r, **factory}
         self.input = InfPiInput(d_in, r, bias_alpha=bias_alpha, alpha=first_layer_alpha, **factory)
         self.hidden = nn.ModuleList(
-            InfPiLinear(r, r, bias_alpha=bias_alpha, **growing) for _ in range(hidden_layers - 1)
+            InfPiLinear(r, r, bias_alpha=bias_alpha, layernorm=layernorm, identity_init=d_in == r, **factory)
+            for _ in range(hidden_layers - 1)
         )
-        self.output = InfPiLinear(
-            r,
-            d_out,
-            bias_alpha=bias_alpha if last_bias_alpha is None else last_bias_alpha,
-            alpha=last_layer_alpha,
-            role="readout",
-            zero_init=readout_zero_init,
-            **growing,
-        )
+        self.output = self._readout(**factory)
         if rows_dtype is not None:
             for layer in self.growing_layers.values():
                 layer.to_rows_dtype(rows_dtype)
+
+    def _readout(self, device: torch.device | str | None, dtype: torch.dtype | None) -> InfPiLinear:
+        hparams = self.hparams
+        return InfPiLinear(
+            self.r,
+            self.num_classes,
+            bias_alpha=hparams["bias_alpha"] if hparams["last_bias_alpha"] is None else hparams["last_bias_alpha"],
+            alpha=hparams["last_layer_alpha"],
+            layernorm=hparams["layernorm"],
+            role="readout",
+            zero_init=hparams["readout_zero_init"],
+            identity_init=self.d_in == self.r,
+            device=device,
+            dtype=dtype,
+        )
+
+    def new_readout(self) -> None:
+        rows_dtype = self.output.A.dtype
+        self.output = self._readout(self.input.A.device, self.input.A.dtype)
+        self.output.to_rows_dtype(rows_dtype)
 
     @property
     def growing_layers(self) -> dict[str, InfPiLinear]:

@@ -69,11 +69,10 @@ class KernelRegressor(nn.Module):
             ValueError: shapes that do not fit, labels out of range, a kernel that needs a larger ridge.
         """
         x = self._flatten(x).double()
-        if y.shape != (len(x),) or y.min() < 0 or y.max() >= self.num_classes:
-            raise ValueError(
-                f"y has shape {list(y.shape)} and values from {y.min()} to {y.max()}; it must be [{len(x)}] with labels "
-                f"0 to {self.num_classes - 1}"
-            )
+        if y.shape != (len(x),) or y.dtype != torch.int64:
+            raise ValueError(f"y has shape {list(y.shape)} and dtype {y.dtype}; it must be [{len(x)}] of torch.int64")
+        if y.min() < 0 or y.max() >= self.num_classes:
+            raise ValueError(f"y has labels from {y.min()} to {y.max()}; they must lie in 0 to {self.num_classes - 1}")
         targets = functional.centred_one_hot(y.to(x.device), self.num_classes)
         self.dual = functional.solve_ridge(self.kernel_matrix(x, x), targets, self.ridge)
         self.train_x, self.train_fingerprint = x, fingerprint(x)
@@ -121,6 +120,7 @@ class KernelRegressor(nn.Module):
         dual = state_dict.get(prefix + "dual")
         if dual is not None and dual.ndim == 2 and dual.shape[1] == self.num_classes:
             self.dual = self.dual.new_empty(dual.shape)  # any number of training inputs
+            self.train_x = None  # those of another fit would give wrong predictions without a word
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 

@@ -1,0 +1,122 @@
+"""The growing layer's forward and backward: one function that picks the implementation.
+
+``reference`` says what is computed; ``blocked`` (plain torch, little memory) and ``triton`` (fused, CUDA) compute the
+same. The choice follows device, dtype and shape. ``PIZOO_OPS=reference|blocked|triton`` forces one for a process,
+:func:`use` for a block of code.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+__all__ = ["growing_backward", "growing_forward", "growing_forward_jacobian", "use"]
+
+IMPLEMENTATIONS = ("reference", "blocked", "triton")
+
+# A plain global, not a context variable: autograd calls backward passes from threads of its own.
+_forced: str | None = os.environ.get("PIZOO_OPS") or None
+_triton_failed = False
+
+
+def growing_forward(gbar: Tensor, A: Tensor, B: Tensor, amult: Tensor, count: Tensor | None = None) -> Tensor:
+    """``F00(gbar Bᵀ) (amult A)``, [b, r_out]; see :func:`pizoo.ops.reference.growing_forward`."""
+    return _run("growing_forward", gbar, A, B, amult, count=count)
+
+
+def growing_backward(
+    gbar: Tensor, A: Tensor, B: Tensor, amult: Tensor, delta: Tensor, count: Tensor | None = None
+) -> Tensor:
+    """Gradient at the layer's input, [b, r]; see :func:`pizoo.ops.reference.growing_backward`."""
+    if delta.shape != (len(gbar), A.shape[-1]):
+        raise ValueError(f"delta has shape {tuple(delta.shape)}; it must be [b, r_out] = {(len(gbar), A.shape[-1])}")
+    return _run("growing_backward", gbar, A, B, amult, delta, count=count)
+
+
+def growing_forward_jacobian(
+    gbar: Tensor, A: Tensor, B: Tensor, amult: Tensor, count: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Output [b, r_out] and Jacobian [b, r_out, r] in one pass over the rows, for narrow layers (a read-out).
+
+    See :func:`pizoo.ops.reference.growing_forward_jacobian`.
+    """
+    return _run("growing_forward_jacobian", gbar, A, B, amult, count=count)
+
+
+@contextmanager
+def use(implementation: str | None) -> Iterator[None]:
+    """Within this context every op runs the named implementation; ``None`` returns to the automatic choice.
+
+    Raises:
+        ValueError: a name that is not one of ``reference``, ``blocked``, ``triton``.
+    """
+    global _forced
+    before, _forced = _forced, _check_name(implementation)
+    try:
+        yield
+    finally:
+        _forced = before
+
+
+def _run(op: str, gbar: Tensor, A: Tensor, B: Tensor, amult: Tensor, *delta: Tensor, count: Tensor | None):
+    _check_rows(gbar, A, B, amult)
+    forced = _check_name(_forced)
+    if forced:
+        return getattr(_module(forced), op)(gbar, A, B, amult, *delta, count=count)
+    if A.is_cuda and not _triton_failed and _triton_available(A.device):
+        fused = _module("triton")
+        if fused.supports(op, gbar, A):
+            try:
+                return getattr(fused, op)(gbar, A, B, amult, *delta, count=count)
+            except (torch.OutOfMemoryError, torch.AcceleratorError):
+                raise
+            except Exception as error:
+                _warn_once(f"{type(error).__name__}: {error}")
+    return getattr(_module("blocked"), op)(gbar, A, B, amult, *delta, count=count)
+
+
+@cache
+def _module(name: str) -> ModuleType:
+    return importlib.import_module(f"{__name__}.{name}")
+
+
+@cache
+def _triton_available(device: torch.device) -> bool:
+    try:
+        reason = _module("triton").unavailable(device)
+    except ImportError as error:
+        reason = str(error)
+    if reason:
+        _warn_once(reason)
+    return not reason
+
+
+def _warn_once(reason: str) -> None:
+    global _triton_failed
+    if not _triton_failed:
+        warnings.warn(f"fused kernels are off, plain torch runs instead: {reason}", RuntimeWarning, stacklevel=5)
+    _triton_failed = True
+
+
+def _check_name(implementation: str | None) -> str | None:
+    if implementation is not None and implementation not in IMPLEMENTATIONS:
+        raise ValueError(f"implementation (or PIZOO_OPS) is {implementation!r}; it must be one of {IMPLEMENTATIONS}")
+    return implementation
+
+
+def _check_rows(gbar: Tensor, A: Tensor, B: Tensor, amult: Tensor) -> None:
+    shapes = [tuple(part.shape) for part in (gbar, A, B, amult)]
+    fit = [len(shape) for shape in shapes] == [2, 2, 2, 1] and shapes[0][1] == shapes[2][1]
+    if not (fit and shapes[1][0] == shapes[2][0] == shapes[3][0] and A.dtype == B.dtype):
+        raise ValueError(
+            f"gbar, A, B, amult have shapes {shapes} and rows {A.dtype}, {B.dtype}; "
+            "they must be [b, r], [M, r_out], [M, r], [M], and the rows of one dtype"
+        )

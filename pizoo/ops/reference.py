@@ -64,5 +64,28 @@ def growing_backward(
     return (dgamma * F11(q)) @ B.to(q.dtype) + along * gbar.to(q.dtype)
 
 
+def growing_forward_jacobian(
+    gbar: Tensor, A: Tensor, B: Tensor, amult: Tensor, count: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """:func:`growing_forward` and everything its backward needs, for layers of few columns.
+
+    ``J[b, o] = Σ_m amult_m A_mo (F11(q_bm) B_m + F02(q_bm) gbar_b)`` is the gradient of output o with respect to g, so
+    that ``growing_backward(..., delta)`` is ``Σ_o delta_bo J_bo``, without reading the rows again.
+
+    Args:
+        As :func:`growing_forward`.
+
+    Returns:
+        Output [b, r_out] and Jacobian [b, r_out, r] in the accumulate dtype.
+    """
+    A, B, amult = _leading(count, A, B, amult)
+    q = correlations(gbar, B)
+    A, B, amult, gbar = (part.to(q.dtype) for part in (A, B, amult, gbar))
+    out = contract("bm,m,mo->bo", F00(q), amult, A)
+    along = contract("bm,m,mo->bo", F02(q), amult, A)
+    jacobian = contract("bm,m,mo,mr->bor", F11(q), amult, A, B)
+    return out, jacobian + along[:, :, None] * gbar[:, None]
+
+
 def _leading(count: Tensor | None, *rows: Tensor) -> tuple[Tensor, ...]:
     return rows if count is None else tuple(part[: int(count)] for part in rows)

@@ -1,0 +1,347 @@
+"""Checkpoints: folders of plain JSON and safetensors. Nothing that is loaded is ever executed.
+
+A shipped net::
+
+    config.json         what builds the net, its preprocessing and class names, SHA-256 of the files below
+    model.safetensors   its state
+    probe.safetensors   a few dozen inputs with the net's logits: checks the weights in a second, without a data set
+    results.json        the recorded numbers
+
+A net while it trains (and after: any epoch can be loaded)::
+
+    config.json
+    checkpoint.json           the manifest: epochs, and the segments each is made of, with SHA-256
+    rows-00000.safetensors    A and B of the rows the net started with; then one immutable segment an epoch, its new rows
+    state-00001.safetensors   what else an epoch's net is: input layer, biases, amult, optimizer
+
+A finite net has no segments, and its state files hold all of it. Every file is written under a temporary name, flushed and
+renamed, the manifest last: whatever interrupts a save, the epochs before it stay loadable.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from pizoo import models
+from pizoo.data import Dataset
+from pizoo.models.base import persistent_tensors
+from pizoo.rows import Rows
+
+FORMAT = 1
+PROBE_INPUTS = 32
+CONFIG, MANIFEST, MODEL, PROBE, RESULTS = (
+    "config.json",
+    "checkpoint.json",
+    "model.safetensors",
+    "probe.safetensors",
+    "results.json",
+)
+NETWORKS = {cls.__name__: cls for cls in (models.InfPiMLP, models.FinPiMLP, models.MuMLP)}
+REGRESSORS = {cls.__name__: cls for cls in (models.NNGPRegressor, models.NTKRegressor)}
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint that cannot be loaded or saved; the message names the file and what is wrong with it."""
+
+
+# ---------------------------------------------------------------------------------------------------- files
+
+
+def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
+    """Have ``write`` fill a temporary file beside ``path``, flush it to disk and rename it to ``path``.
+
+    Raises:
+        CheckpointError: the disk is full; what stood at ``path`` before still does.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        write(temporary)
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, SafetensorError) as error:
+        # safetensors reports what the system said as text alone.
+        if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error):
+            raise CheckpointError(f"no space left on the disk to write {path}; what was saved before is untouched") from error
+        raise
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+    write_atomically(path, lambda temporary: temporary.write_text(json.dumps(value, indent=1) + "\n"))
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> str:
+    """Write tensors as safetensors and return the file's SHA-256."""
+    contiguous = {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
+    write_atomically(path, lambda temporary: save_file(contiguous, temporary))
+    return sha256(path)
+
+
+def read_json(path: Path) -> Any:
+    """Raises CheckpointError if there is no such file or it is not JSON."""
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} does not exist: {path.parent} is not a checkpoint, or lost a file") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{path} is not valid JSON ({error}): it is damaged") from None
+
+
+def read_tensors(path: Path, digest: str | None = None) -> dict[str, Tensor]:
+    """Read a safetensors file.
+
+    Args:
+        digest: the SHA-256 it must have; None: not checked.
+
+    Raises:
+        CheckpointError: no such file, a Git LFS pointer in its place, another digest, not safetensors.
+    """
+    if not path.is_file():
+        raise CheckpointError(f"{path} is missing; the checkpoint cannot be loaded without it")
+    with open(path, "rb") as file:
+        if file.read(40).startswith(b"version https://git-lfs"):
+            raise CheckpointError(f"{path} is a Git LFS pointer, not the file itself: fetch it with `git lfs pull`")
+    if digest is not None and (found := sha256(path)) != digest:
+        raise CheckpointError(f"{path} has SHA-256 {found[:16]}…, the manifest says {digest[:16]}…: it is damaged or not its own")
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+    except SafetensorError as error:
+        raise CheckpointError(f"{path} is not a readable safetensors file ({error}): it is truncated or damaged") from None
+
+
+def sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+# ---------------------------------------------------------------------------------------------------- nets
+
+
+def describe(model: nn.Module) -> dict[str, Any]:
+    """What :func:`build` needs to make a net like ``model``, as plain JSON values."""
+    described = {"class": type(model).__name__, "hparams": model.hparams}
+    if rows := next((module for module in model.modules() if isinstance(module, Rows)), None):
+        described["rows_dtype"] = str(rows.A.dtype).removeprefix("torch.")
+    return described
+
+
+def build(description: Mapping[str, Any], device=None, dtype: torch.dtype | None = None) -> nn.Module:
+    """A freshly initialised net from :func:`describe`'s description.
+
+    Args:
+        dtype: of parameters and rows; None: float32 parameters, rows as described.
+
+    Raises:
+        CheckpointError: an unknown class, or hyper-parameters it does not take.
+    """
+    name, hparams = description.get("class"), description.get("hparams", {})
+    try:
+        if name in REGRESSORS:
+            return REGRESSORS[name](**hparams).to(device)
+        if name not in NETWORKS:
+            known = ", ".join((*NETWORKS, *REGRESSORS))
+            raise CheckpointError(f"the checkpoint is of a {name!r}; this version of pizoo knows {known}")
+        options: dict[str, Any] = {"device": device, "dtype": dtype}
+        if name == "InfPiMLP" and dtype is None and "rows_dtype" in description:
+            options["rows_dtype"] = getattr(torch, description["rows_dtype"])
+        return NETWORKS[name](**hparams, **options)
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"the checkpoint's hyper-parameters do not fit {name}: {error}") from None
+
+
+def save(folder: Path, model: nn.Module, config: Mapping[str, Any], probe_x: Tensor, probe_logits: Tensor) -> None:
+    """Write a shipped checkpoint: weights, probe, and ``config`` completed by what builds and checks the net.
+
+    Args:
+        probe_x, probe_logits: inputs as the net takes them [n, ...] and its logits [n, classes].
+    """
+    # An interrupted save leaves an old config.json whose digests do not fit the new weights: loud, not silent.
+    digests = {
+        MODEL: write_tensors(folder / MODEL, model.state_dict()),
+        PROBE: write_tensors(folder / PROBE, {"x": probe_x, "logits": probe_logits}),
+    }
+    write_json(folder / CONFIG, {**config, "pizoo": {"format": FORMAT, **describe(model), "files": digests}})
+
+
+@torch.no_grad()
+def save_with_probe(
+    folder: Path, model: nn.Module, config: Mapping[str, Any], dataset: Dataset, normalize: Callable[..., Tensor]
+) -> None:
+    """:func:`save` with the first inputs of the data set's test part (its training part if it has none) as the probe."""
+    x = dataset.train_x if dataset.test_x is None else dataset.test_x
+    anchor = next(iter((*model.parameters(), *model.buffers())))
+    probe = normalize(x[:PROBE_INPUTS].to(anchor.device), anchor.dtype)
+    save(folder, model, config, probe, model.eval()(probe))
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """``config.json`` of a checkpoint.
+
+    Raises:
+        CheckpointError: none there, damaged, or of another version of the format.
+    """
+    config = read_json(folder / CONFIG)
+    found = config.get("pizoo", {}).get("format") if isinstance(config, dict) else None
+    if found != FORMAT:
+        raise CheckpointError(f"{folder / CONFIG} has format {found!r}; this version of pizoo reads format {FORMAT}")
+    return config
+
+
+def load(
+    folder: Path, epoch: int | None = None, device=None, dtype: torch.dtype | None = None
+) -> tuple[nn.Module, dict[str, Any]]:
+    """Load a net and its ``config.json`` from a shipped or a training checkpoint.
+
+    Args:
+        epoch: of a training checkpoint, the epoch to load; None: the last.
+        dtype: None: float32, rows as stored.
+
+    Raises:
+        CheckpointError: anything missing, damaged, or of another architecture than its config says.
+    """
+    folder = Path(folder)
+    config = read_config(folder)
+    if (folder / MANIFEST).exists() and (epoch is not None or not (folder / MODEL).exists()):
+        state = read_epoch(folder, epoch).model_state
+    elif epoch is not None:
+        raise CheckpointError(f"{folder} holds one net, not epochs: epoch={epoch} cannot be loaded from it")
+    else:
+        state = read_tensors(folder / MODEL, config["pizoo"]["files"].get(MODEL))
+    model = build(config["pizoo"], device, dtype)
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        raise CheckpointError(f"{folder} does not hold what its {CONFIG} says: {error}") from None
+    return model.eval(), config
+
+
+# ---------------------------------------------------------------------------------------------------- training
+
+
+class Epoch:
+    """One epoch of a training checkpoint, read back.
+
+    Attributes:
+        record: its entry in the manifest (epoch, step, metrics, ...).
+        model_state: ``state_dict`` of its net; rows with the decay factor multiplied in.
+        stored: name of a growing layer -> (amult as stored, decay): resuming goes on from these, bit for bit.
+        optimizer: tensors of the optimizer, by name.
+    """
+
+    def __init__(self, record: dict[str, Any], tensors: dict[str, Tensor], segments: list[dict[str, Tensor]]):
+        self.record = record
+        parts = {"model": {}, "amult": {}, "optimizer": {}}
+        for name, tensor in tensors.items():
+            kind, _, rest = name.partition("/")
+            parts[kind][rest] = tensor
+        self.optimizer: dict[str, Tensor] = parts["optimizer"]
+        self.stored = {layer: (amult, record["layers"][layer]["decay"]) for layer, amult in parts["amult"].items()}
+        self.model_state: dict[str, Tensor] = parts["model"]
+        for layer, (amult, decay) in self.stored.items():
+            for part in ("A", "B"):
+                name = f"{layer}.{part}"
+                self.model_state[name] = torch.cat([segment[name] for segment in segments if name in segment])
+            self.model_state[f"{layer}.amult"] = amult * decay
+
+
+def growing_layers(model: nn.Module) -> dict[str, Rows]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, Rows)}
+
+
+def start_training(folder: Path, model: nn.Module, config: Mapping[str, Any]) -> None:
+    """Begin a training checkpoint in an empty folder: config, first segment, manifest."""
+    write_json(folder / CONFIG, {**config, "pizoo": {"format": FORMAT, **describe(model), "files": {}}})
+    manifest = {"format": FORMAT, "epochs": [], "segments": []}
+    _write_segment(folder, model, manifest)
+    write_json(folder / MANIFEST, manifest)
+
+
+def save_epoch(
+    folder: Path,
+    model: nn.Module,
+    record: Mapping[str, Any],
+    optimizer: Mapping[str, Tensor],
+    keep_states: bool,
+) -> None:
+    """Add an epoch: a segment with the rows appended since the last, a state file, then the manifest that names them.
+
+    Args:
+        record: JSON values to keep with it; ``record["epoch"]`` numbers it.
+        optimizer: tensors of the optimizer, by name.
+        keep_states: keep earlier epochs loadable; False (finite nets, whose state is the whole net) removes their files.
+    """
+    manifest = read_manifest(folder)
+    _write_segment(folder, model, manifest)
+    layers = growing_layers(model)
+    rows = {f"{name}.{part}" for name in layers for part in ("A", "B", "amult")}
+    tensors = {f"model/{name}": tensor for name, tensor in persistent_tensors(model) if name not in rows}
+    tensors |= {f"amult/{name}": layer.stored_amult for name, layer in layers.items()}
+    tensors |= {f"optimizer/{name}": tensor for name, tensor in optimizer.items()}
+    state = f"state-{record['epoch']:05d}.safetensors"
+    entry = {
+        **record,
+        "state": {"file": state, "sha256": write_tensors(folder / state, tensors)},
+        "layers": {name: {"rows": layer.count, "decay": layer.decay} for name, layer in layers.items()},
+        "segments": len(manifest["segments"]),
+    }
+    superseded = [] if keep_states else manifest["epochs"]
+    manifest["epochs"] = [*([] if superseded else manifest["epochs"]), entry]
+    write_json(folder / MANIFEST, manifest)
+    for old in superseded:
+        (folder / old["state"]["file"]).unlink(missing_ok=True)
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    manifest = read_json(folder / MANIFEST)
+    if manifest.get("format") != FORMAT:
+        raise CheckpointError(
+            f"{folder / MANIFEST} has format {manifest.get('format')!r}; this version of pizoo reads format {FORMAT}"
+        )
+    return manifest
+
+
+def read_epoch(folder: Path, epoch: int | None = None) -> Epoch:
+    """Read an epoch back, checking every file it is made of; None: the last.
+
+    Raises:
+        CheckpointError: no such epoch; anything missing or damaged.
+    """
+    manifest = read_manifest(folder)
+    records = {record["epoch"]: record for record in manifest["epochs"]}
+    if not records:
+        raise CheckpointError(f"{folder} holds no finished epoch yet")
+    wanted = max(records) if epoch is None else epoch
+    if wanted not in records:
+        raise CheckpointError(f"{folder} holds epochs {min(records)} to {max(records)}; epoch={epoch} is not among them")
+    record = records[wanted]
+    segments = [read_tensors(folder / s["file"], s["sha256"]) for s in manifest["segments"][: record["segments"]]]
+    return Epoch(record, read_tensors(folder / record["state"]["file"], record["state"]["sha256"]), segments)
+
+
+def _write_segment(folder: Path, model: nn.Module, manifest: dict[str, Any]) -> None:
+    """Write the rows no segment holds yet, if there are any, and enter them into the manifest."""
+    tensors, ranges = {}, {}
+    for name, layer in growing_layers(model).items():
+        held = max((s["rows"][name][1] for s in manifest["segments"] if name in s["rows"]), default=0)
+        if layer.count > held:
+            tensors |= {f"{name}.A": layer.A[held:], f"{name}.B": layer.B[held:]}
+            ranges[name] = [held, layer.count]
+    if tensors:
+        file = f"rows-{len(manifest['segments']):05d}.safetensors"
+        manifest["segments"].append({"file": file, "sha256": write_tensors(folder / file, tensors), "rows": ranges})
+

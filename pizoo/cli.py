@@ -1,0 +1,222 @@
+"""The command line: ``pizoo list | train | evaluate | predict | verify | reproduce | data``."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, help="A model zoo of π-nets that can prove its numbers.")
+data_app = typer.Typer(no_args_is_help=True, help="Data sets.")
+app.add_typer(data_app, name="data")
+out = Console()
+err = Console(stderr=True)
+
+Data = Annotated[Path | None, typer.Option("--data", help="Folder of data sets [$PIZOO_DATA, ~/.cache/pizoo/data].")]
+Device = Annotated[str | None, typer.Option(help="cpu or cuda [a GPU if there is one].")]
+Set = Annotated[list[str] | None, typer.Option("--set", help="Override a recipe's key: train.epochs=1. May be repeated.")]
+EXIT_MISMATCH, EXIT_USAGE, EXIT_NOT_RUN = 1, 2, 3
+
+
+@app.command("list")
+def list_command(pattern: Annotated[str, typer.Argument(help="Glob pattern.")] = "*") -> None:
+    """List the zoo's entries, what they score and whether their weights are here."""
+    from pizoo import checkpoint, zoo
+
+    table = Table("entry", "timm name", "accuracy", "published", "weights")
+    for entry in _entries([pattern]):
+        config, results = zoo.config(entry), zoo.card(entry) / checkpoint.RESULTS
+        recorded = checkpoint.read_json(results)["accuracy"] if results.exists() else None
+        timm_name = f"{config['architecture']}.{config['pretrained_cfg']['tag']}" if config["architecture"] else "–"
+        published = config["recipe"]["published"]
+        weights = "here" if zoo.has_weights(entry) else "none: train it"
+        table.add_row(entry, timm_name, _percent(recorded), _percent(published and published["accuracy"]), weights)
+    out.print(table)
+
+
+@app.command()
+def train(
+    recipe: Annotated[str, typer.Argument(help="An entry's name, or a recipe file.")],
+    out_dir: Annotated[Path | None, typer.Option("--out", help="Folder for checkpoint and log [runs/ENTRY].")] = None,
+    set_: Set = None,
+    data: Data = None,
+    device: Device = None,
+) -> None:
+    """Train a recipe. Run again with the same folder, it goes on where it was stopped."""
+    from pizoo.recipes import load_recipe
+    from pizoo.training.supervised import train as run
+
+    loaded = load_recipe(recipe, set_ or ())
+    folder = out_dir or Path("runs") / loaded.entry
+    try:
+        result = run(loaded, folder, data_dir=data, device=device, progress=err.is_terminal)
+    except KeyboardInterrupt:
+        err.print(f"interrupted; the same command goes on after the last finished epoch in {folder}")
+        raise typer.Exit(130) from None
+    results = result.results
+    table = Table("entry", "test accuracy", "best epoch (test-selected)", "training time", "peak memory")
+    best = results.get("best_epoch")
+    table.add_row(
+        loaded.entry,
+        _percent(results.get("accuracy")),
+        f"{_percent(best['accuracy'])} (epoch {best['epoch']})" if best and loaded.train else "–",
+        f"{results['train_seconds']:.1f} s",
+        f"{results['peak_memory_bytes'] / 2**20:.0f} MiB",
+    )
+    out.print(table)
+    out.print(f"checkpoint and log: {folder}")
+
+
+@app.command()
+def evaluate(
+    entry: Annotated[str, typer.Argument(help="An entry's name, or the folder of a checkpoint.")],
+    data: Data = None,
+    device: Device = None,
+    epoch: Annotated[int | None, typer.Option(help="Epoch of a training checkpoint [the last].")] = None,
+) -> None:
+    """Measure the test accuracy of an entry or a checkpoint."""
+    from pizoo.evaluation.entries import evaluate as run
+
+    result = run(entry, data_dir=data, device=device, epoch=epoch)
+    table = Table("entry", "data", "images", "accuracy", "time")
+    table.add_row(
+        entry, f"{result['data']} test", str(result["images"]), _percent(result["accuracy"]), f"{result['seconds']:.1f} s"
+    )
+    out.print(table)
+
+
+@app.command()
+def predict(
+    entry: Annotated[str, typer.Argument(help="An entry's name, or the folder of a checkpoint.")],
+    images: Annotated[list[Path], typer.Argument(help="Image files.", exists=True, dir_okay=False)],
+    device: Device = None,
+    top: Annotated[int, typer.Option(min=1, help="Classes to show per image.")] = 3,
+) -> None:
+    """Classify image files, resized to the net's input size."""
+    from pizoo.evaluation.entries import classify
+
+    table = Table("image", *(f"{i + 1}." for i in range(top)))
+    for image, ranked in zip(images, classify(entry, images, device=device, top=top), strict=True):
+        table.add_row(str(image), *(f"{name} {score:.3g}" for name, score in ranked))
+    out.print(table)
+
+
+@app.command()
+def verify(
+    entries: Annotated[list[str], typer.Argument(help="Entries or glob patterns, quoted: 'digits_*'.")],
+    data: Data = None,
+    device: Device = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the reports here as well.")] = None,
+    quick: Annotated[bool, typer.Option(help="Check the weights by a stored probe; needs no data set.")] = False,
+    strict: Annotated[bool, typer.Option(help="Also fail when a training falls below the published number.")] = False,
+) -> None:
+    """Re-measure checkpoints: is each what it claims, and does our training reproduce the paper?
+
+    Exit code: 0 all verified, 1 a mismatch, 2 wrong usage, 3 some could not be run.
+    """
+    from pizoo import checkpoint
+    from pizoo.evaluation.verify import verify as run
+
+    reports = []
+    table = Table("entry", "checkpoint", "recorded", "measured", "our training", "mean", "published", "time")
+    for entry in _entries(entries):
+        with err.status(f"verifying {entry}"):
+            report = run(entry, data, device, quick)
+        reports.append(report)
+        probe = report.check == "probe"
+        mean = _percent(report.mean) + (f" ± {report.standard_error:.2f}" if report.standard_error is not None else "")
+        table.add_row(
+            entry,
+            {"verified": "[green]verified[/]", "mismatch": "[red]mismatch[/]"}.get(report.status, "[yellow]not run[/]"),
+            "probe" if probe else _percent(report.recorded),
+            "–" if report.measured is None else f"off by {report.measured:.1e}" if probe else _percent(report.measured),
+            report.reproduction,
+            mean,
+            _percent(report.published),
+            f"{report.seconds:.1f} s",
+        )
+    out.print(table)
+    for report in reports:
+        if report.reason:
+            out.print(f"{report.entry}: {report.reason}", markup=False)
+    if json_file is not None:
+        checkpoint.write_json(json_file, [report.to_dict() for report in reports])
+    statuses = {report.status for report in reports}
+    if "mismatch" in statuses or (strict and any(report.reproduction == "below" for report in reports)):
+        raise typer.Exit(EXIT_MISMATCH)
+    if "not run" in statuses:
+        raise typer.Exit(EXIT_NOT_RUN)
+
+
+@app.command()
+def reproduce(
+    entries: Annotated[list[str], typer.Argument(help="Entries or glob patterns, quoted: 'digits_*'.")],
+    runs: Annotated[Path, typer.Option(help="Folder for the trainings; finished ones are not run again.")] = Path("runs"),
+    cards: Annotated[Path, typer.Option(help="Folder to write the cards into.")] = Path("model_cards"),
+    seeds: Annotated[int | None, typer.Option(min=1, help="How many seeds [as the recipe says].")] = None,
+    data: Data = None,
+    device: Device = None,
+) -> None:
+    """Make entries again from their recipes: train all seeds, ship one net, write its card."""
+    from pizoo.recipes import list_recipes, load_recipe
+    from pizoo.training.reproduce import reproduce as run
+
+    for entry in _entries(entries, list_recipes()):
+        recipe = load_recipe(entry)
+        which = None if seeds is None else range(seeds)
+        results = run(
+            recipe, cards / entry, runs / entry, which, data_dir=data, device=device, progress=err.is_terminal
+        )
+        spread = "" if results["standard_error"] is None else f" ± {results['standard_error']:.2f}"
+        out.print(f"{entry}: {results['mean_accuracy']:.2f}{spread} %, {len(results['seeds'])} runs, card in {cards / entry}")
+
+
+@data_app.command("prepare")
+def data_prepare(name: Annotated[str, typer.Argument(help="cifar10")], data: Data = None) -> None:
+    """Download a data set and write it into the data folder."""
+    from pizoo.data import prepare
+
+    out.print(f"wrote {prepare(name, data)}")
+
+
+def _entries(patterns: list[str], names: list[str] | None = None) -> list[str]:
+    """Entries that match the patterns, in order; a path to a checkpoint passes through."""
+    from pizoo import zoo
+
+    found: dict[str, None] = {}
+    for pattern in patterns:
+        matches = zoo.list_entries(pattern) if names is None else [n for n in names if Path(n).match(pattern)]
+        if not matches and Path(pattern).is_dir():
+            matches = [pattern]
+        if not matches:
+            raise zoo.unknown(pattern)
+        found.update(dict.fromkeys(matches))
+    return list(found)
+
+
+def _percent(value: Any) -> str:
+    return "–" if value is None else f"{value:.2f} %"
+
+
+def main() -> None:
+    """Run the command line; what a user can mend is one line, not a traceback."""
+    from pizoo.checkpoint import CheckpointError
+    from pizoo.training.supervised import TrainingDiverged
+
+    try:
+        app()
+    except (ValueError, TypeError, FileNotFoundError) as error:
+        err.print(f"[red]error:[/] {error}", highlight=False)
+        sys.exit(EXIT_USAGE)
+    except (CheckpointError, TrainingDiverged) as error:
+        err.print(f"[red]error:[/] {error}", highlight=False)
+        sys.exit(EXIT_MISMATCH)
+
+
+if __name__ == "__main__":
+    main()

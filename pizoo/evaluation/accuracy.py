@@ -1,0 +1,53 @@
+"""Predictions and test accuracy."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+EVALUATION_BATCH = 1000
+
+
+@torch.no_grad()
+def predict(
+    model: nn.Module, x: Tensor, normalize: Callable[..., Tensor], batch_size: int = EVALUATION_BATCH
+) -> Tensor:
+    """Logits of a net in eval mode for raw inputs.
+
+    Args:
+        model: a net or an attached kernel regressor; its mode is restored afterwards.
+        x: raw inputs [n, ...] as the data set holds them, on any device.
+        normalize: turns raw inputs into the net's (:class:`pizoo.data.Normalize`).
+        batch_size: inputs at a time.
+
+    Returns:
+        [n, classes] on the CPU, in the net's dtype.
+    """
+    anchor = next((t for t in (*model.parameters(), *model.buffers())), x)
+    training = model.training
+    model.eval()
+    try:
+        parts = [model(normalize(part.to(anchor.device), anchor.dtype)).cpu() for part in x.split(batch_size)]
+    finally:
+        model.train(training)
+    return torch.cat(parts)
+
+
+def accuracy(logits: Tensor, y: Tensor) -> float:
+    """Percent of rows of ``logits`` [n, classes] whose largest entry is at the label in ``y`` int64 [n].
+
+    Raises:
+        ValueError: a logit that is not finite: no prediction was made.
+    """
+    if not logits.isfinite().all():
+        raise ValueError(f"logits {list(logits.shape)} hold values that are not finite; the net makes no prediction")
+    return 100 * (logits.argmax(1) == y.to(logits.device)).double().mean().item()
+
+
+def standard_error(values: list[float]) -> float | None:
+    """Standard error of the mean of ``values`` (None for fewer than two)."""
+    if len(values) < 2:
+        return None
+    return (torch.tensor(values, dtype=torch.float64).std() / len(values) ** 0.5).item()

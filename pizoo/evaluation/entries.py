@@ -1,0 +1,92 @@
+"""Entries and checkpoints on data: test accuracy, classes of image files."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pizoo import zoo
+from pizoo.data import Dataset, read_images
+from pizoo.evaluation.accuracy import accuracy, predict
+from pizoo.models import KernelRegressor
+
+
+def evaluate(
+    model_or_entry: nn.Module | str | os.PathLike,
+    dataset: Dataset | None = None,
+    *,
+    data_dir: str | os.PathLike | None = None,
+    device: torch.device | str | None = None,
+    epoch: int | None = None,
+) -> dict[str, Any]:
+    """Test accuracy of an entry, a checkpoint, or a net loaded from one.
+
+    Args:
+        model_or_entry: what :func:`pizoo.load` takes, or what it gave.
+        dataset: None: the one the net was trained on.
+        data_dir: where data sets are (:func:`pizoo.data.data_directory`).
+        device: None: the net's own, for a name a GPU if there is one.
+        epoch: of a training checkpoint; None: the last.
+
+    Returns:
+        ``accuracy`` in percent, ``images``, ``data``, ``seconds``.
+
+    Raises:
+        UnknownEntryError, CheckpointError, DataNotFoundError, ValueError: name, checkpoint or data are missing or do not fit.
+    """
+    begin = time.perf_counter()
+    if isinstance(model_or_entry, nn.Module):
+        model = model_or_entry if device is None else model_or_entry.to(device)
+    else:
+        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        model = zoo.load(model_or_entry, device=device, epoch=epoch)
+    if not hasattr(model, "config"):
+        raise ValueError("model was not loaded by pizoo.load: its data and preprocessing are unknown; call predict instead")
+    normalize = zoo.preprocessing(model.config)
+    dataset = dataset or zoo.dataset(model.config, data_dir)
+    if dataset.test_x is None:
+        raise ValueError(f"data set {dataset.name!r} has no test part to evaluate on")
+    attach_training_images(model, dataset.train_x, normalize)
+    logits = predict(model, dataset.test_x, normalize)
+    return {
+        "accuracy": accuracy(logits, dataset.test_y),
+        "images": len(dataset.test_y),
+        "data": dataset.name,
+        "seconds": time.perf_counter() - begin,
+    }
+
+
+def attach_training_images(model: nn.Module, train_x: Tensor, normalize) -> None:
+    """Give a kernel regressor that lacks them its training images, raw [n, ...]; other models need none."""
+    if isinstance(model, KernelRegressor) and model.train_x is None:
+        model.attach(normalize(train_x.to(model.dual.device), torch.float64))
+
+
+def classify(
+    entry: str | os.PathLike, images: Sequence[str | os.PathLike], *, device: torch.device | str | None = None, top: int = 3
+) -> list[list[tuple[str, float]]]:
+    """The likeliest classes of image files, with their probabilities (for kernel regressors: scores).
+
+    Raises:
+        ValueError: a net that takes no images, a file that is none.
+    """
+    model = zoo.load(entry, device=device)
+    data = model.config["recipe"]["data"]
+    if len(data["input_size"]) != 3:
+        raise ValueError(f"{entry} takes vectors {data['input_size']}, not images")
+    pixels = read_images([Path(image) for image in images], tuple(data["input_size"]))
+    # Files hold 0 to 255; the net's data set may count its pixels otherwise (the digits: 0 to 16).
+    logits = predict(model, pixels.float() * (data["scale"] / 255), zoo.preprocessing(model.config))
+    scores = logits if isinstance(model, KernelRegressor) else logits.softmax(1)
+    names = model.config["class_names"]
+    best = scores.topk(min(top, len(names)), dim=1)
+    return [
+        [(names[i], value) for i, value in zip(row, values, strict=True)]
+        for row, values in zip(best.indices.tolist(), best.values.tolist(), strict=True)
+    ]

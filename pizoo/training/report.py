@@ -1,0 +1,81 @@
+"""How a training tells where it is: a log file, a progress bar, what it ran on."""
+
+from __future__ import annotations
+
+import logging
+import platform
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+log = logging.getLogger("pizoo")
+
+
+def hardware(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"CPU ({platform.machine()}), {torch.get_num_threads()} threads"
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes: the most the process has held on the GPU, or in memory."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+@contextmanager
+def logging_to(folder: Path | None) -> Iterator[None]:
+    """Send the package's log to ``train.log`` in a folder while training."""
+    if folder is None:
+        yield
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    handler = logging.FileHandler(folder / "train.log")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    try:
+        yield
+    except BaseException as error:
+        log.error("stopped by %s: %s", type(error).__name__, error)
+        raise
+    finally:
+        log.removeHandler(handler)
+        handler.close()
+
+
+class StepProgress:
+    """A progress bar over all steps, or nothing."""
+
+    def __init__(self, show: bool, name: str, epochs: int, steps_per_epoch: int):
+        self.bar = None
+        if show:
+            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+            self.bar = Progress(*columns)
+            self.task = self.bar.add_task(name, total=epochs * steps_per_epoch)
+        self.name, self.epochs, self.steps_per_epoch = name, epochs, steps_per_epoch
+        self.done = None
+
+    def advance(self, epoch: int, loss: float) -> None:
+        if self.bar is None:
+            return
+        if self.done is None:
+            self.done = epoch * self.steps_per_epoch
+        self.done += 1
+        description = f"{self.name} epoch {epoch + 1}/{self.epochs} loss {loss:.3f}"
+        self.bar.update(self.task, completed=self.done, description=description)
+
+    def __enter__(self):
+        if self.bar is not None:
+            self.bar.start()
+        return self
+
+    def __exit__(self, *error):
+        if self.bar is not None:
+            self.bar.stop()

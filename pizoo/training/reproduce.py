@@ -1,0 +1,81 @@
+"""A zoo entry from its recipe: train every seed, ship one net, record all numbers, write the card."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pizoo import checkpoint
+from pizoo.cards import write_card
+from pizoo.evaluation.accuracy import accuracy, predict, standard_error
+from pizoo.models import KernelRegressor
+from pizoo.recipes import Recipe
+from pizoo.training.supervised import TrainResult, train
+
+
+def reproduce(
+    recipe: Recipe,
+    card: str | os.PathLike,
+    runs: str | os.PathLike,
+    seeds: Iterable[int] | None = None,
+    *,
+    data_dir: str | os.PathLike | None = None,
+    device: torch.device | str | None = None,
+    progress: bool = False,
+) -> dict[str, Any]:
+    """Make an entry's card from its recipe.
+
+    Args:
+        recipe: of the entry.
+        card: folder to write ``config.json``, ``model.safetensors``, ``probe.safetensors``, ``results.json``, ``README.md``.
+        runs: folder for the trainings, ``seed-K`` each; finished ones are not trained again.
+        seeds: which; None: as many as the recipe says. The first is the one that is shipped.
+        data_dir, device, progress: as for :func:`pizoo.train`.
+
+    Returns:
+        what ``results.json`` holds.
+    """
+    seeds = list(range(recipe.seeds)) if seeds is None else list(seeds)
+    outcomes = {
+        seed: train(
+            recipe.with_seed(seed), Path(runs) / f"seed-{seed}", data_dir=data_dir, device=device, progress=progress
+        )
+        for seed in seeds
+    }
+    shipped = outcomes[seeds[0]]
+    accuracies = [outcome.results["accuracy"] for outcome in outcomes.values()]
+    results = {
+        **shipped.results,
+        "accuracy": _ship(shipped, Path(card), data_dir),
+        "shipped_seed": seeds[0],
+        "seeds": [
+            {
+                "seed": seed,
+                "accuracy": outcome.results["accuracy"],
+                "best_epoch": outcome.results["best_epoch"],
+                "epochs": outcome.recipe.train.epochs if outcome.recipe.train else 0,
+                "train_seconds": outcome.results["train_seconds"],
+            }
+            for seed, outcome in outcomes.items()
+        ],
+        "mean_accuracy": sum(accuracies) / len(accuracies),
+        "standard_error": standard_error(accuracies),
+    }
+    checkpoint.write_json(Path(card) / checkpoint.RESULTS, results)
+    write_card(Path(card))
+    return results
+
+
+def _ship(outcome: TrainResult, card: Path, data_dir: str | os.PathLike | None) -> float:
+    """Write the net of ``outcome`` into its card and return the accuracy of what a user will load from there."""
+    recipe = outcome.recipe
+    dataset, normalize = recipe.data.load(data_dir), recipe.data.normalize
+    checkpoint.save_with_probe(card, outcome.model, recipe.config(dataset.class_names), dataset, normalize)
+    model, _ = checkpoint.load(card, device=next(iter(outcome.model.state_dict().values())).device)
+    if isinstance(model, KernelRegressor):
+        model.attach(normalize(dataset.train_x, torch.float64))
+    return accuracy(predict(model, dataset.test_x, normalize), dataset.test_y)

@@ -1,0 +1,40 @@
+"""What a training resumes from: net and optimizer, to tensors by name and back."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from pizoo.checkpoint import CheckpointError, Epoch, growing_layers
+from pizoo.optim import PiSGD
+
+
+def optimizer_tensors(model: nn.Module, optimizer: PiSGD) -> dict[str, Tensor]:
+    """The optimizer's tensors (velocities), named after the parameters they belong to."""
+    names = {param: name for name, param in model.named_parameters()}
+    return {
+        f"{key}.{names[param]}": value
+        for param, state in optimizer.state.items()
+        for key, value in state.items()
+        if isinstance(value, Tensor)
+    }
+
+
+@torch.no_grad()
+def restore(model: nn.Module, optimizer: PiSGD, epoch: Epoch) -> None:
+    """Put net and optimizer where they stood after ``epoch``, to the bit.
+
+    Raises:
+        CheckpointError: the checkpoint is of another net.
+    """
+    try:
+        model.load_state_dict(epoch.model_state)
+    except RuntimeError as error:
+        raise CheckpointError(f"the checkpoint does not fit the recipe's net: {error}") from None
+    for name, layer in growing_layers(model).items():
+        amult, decay = epoch.stored[name]
+        layer.set_rows(layer.A.data, layer.B.data, amult, decay)
+    params = dict(model.named_parameters())
+    for name, value in epoch.optimizer.items():
+        key, _, param = name.partition(".")
+        optimizer.state[params[param]][key] = value.to(params[param].device)

@@ -1,0 +1,269 @@
+"""Supervised training of a recipe, as a plain loop; kernel recipes are solved instead.
+
+Everything a training does follows from its recipe: initial values and batch order from the seed, the learning rate from the
+step. An epoch is therefore resumed from the net and the optimizer alone, and the resumed run is the uninterrupted one, bit for
+bit on the same machine.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import platform
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pizoo import __version__, checkpoint
+from pizoo.data import Dataset, epoch_order
+from pizoo.evaluation.accuracy import accuracy, predict
+from pizoo.models import KernelRegressor
+from pizoo.optim import PiSGD, clip_grad_norm_, param_groups
+from pizoo.recipes import Recipe, RecipeError, load_recipe
+from pizoo.training.report import StepProgress, hardware, log, logging_to, peak_memory
+from pizoo.training.schedule import schedule_factor
+from pizoo.training.state import optimizer_tensors, restore
+
+
+class TrainingDiverged(RuntimeError):
+    """A loss or gradient that is not finite; the message says where, and which checkpoint is the last good one."""
+
+
+@dataclass
+class TrainResult:
+    """What a training gave.
+
+    Attributes:
+        model: the net after the last epoch, in eval mode.
+        recipe: what was trained.
+        folder: where its checkpoint is; None if none was asked for.
+        history: one record an epoch: epoch, step, loss, test_accuracy, seconds, ...
+        results: what ``results.json`` holds.
+    """
+
+    model: nn.Module
+    recipe: Recipe
+    folder: Path | None
+    history: list[dict[str, Any]] = field(default_factory=list)
+    results: dict[str, Any] = field(default_factory=dict)
+
+
+def train(
+    recipe: str | os.PathLike | Recipe,
+    out: str | os.PathLike | None = None,
+    *,
+    overrides: Iterable[str] = (),
+    data_dir: str | os.PathLike | None = None,
+    dataset: Dataset | None = None,
+    device: torch.device | str | None = None,
+    progress: bool = False,
+) -> TrainResult:
+    """Train a recipe; if ``out`` holds an unfinished training of the same recipe, go on with it.
+
+    Args:
+        recipe: an entry's name, a path to a YAML file, or a recipe.
+        out: folder for checkpoint, log and results; None: nothing is written.
+        overrides: ``"train.epochs=1"`` and the like, for a name or path.
+        data_dir: where data sets are (:func:`pizoo.data.data_directory`).
+        dataset: use this one instead of the one the recipe names.
+        device: None: a GPU if there is one.
+        progress: show a progress bar.
+
+    Raises:
+        RecipeError, FileNotFoundError, ValueError: recipe or data are missing or do not fit; nothing was begun.
+        TrainingDiverged: a loss that is not finite; epochs saved before it stay.
+        CheckpointError: ``out`` holds another training, or the disk is full.
+    """
+    if not isinstance(recipe, Recipe):
+        recipe = load_recipe(recipe, overrides)
+    elif list(overrides):
+        raise RecipeError("overrides go with a name or path; a Recipe is complete already")
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if dataset is None:
+        dataset = recipe.data.load(data_dir)
+    dataset.require(recipe.data.input_size, recipe.data.classes)
+    folder = Path(out) if out is not None else None
+    if recipe.train is None:
+        return _solve(recipe, dataset, folder, device)
+    with logging_to(folder):
+        return _Training(recipe, dataset, folder, device).run(progress)
+
+
+class _Training:
+    """One training run: its net, optimizer and where it stands."""
+
+    def __init__(self, recipe: Recipe, dataset: Dataset, folder: Path | None, device: torch.device):
+        self.recipe, self.dataset, self.folder, self.device = recipe, dataset, folder, device
+        self.normalize = recipe.data.normalize
+        self.train_x, self.train_y = dataset.train_x.to(device), dataset.train_y.to(device)
+        settings = recipe.train
+        self.steps_per_epoch = math.ceil(len(self.train_x) / settings.batch_size)
+        self.steps = self.steps_per_epoch * settings.epochs
+        self.model = recipe.build_model(device)
+        self.optimizer = PiSGD(
+            param_groups(
+                self.model,
+                settings.lr,
+                settings.weight_decay,
+                settings.first_layer_lr_mult,
+                settings.last_layer_lr_mult,
+                settings.bias_lr_mult,
+                settings.apply_lr_mult_to_wd,
+            ),
+            settings.lr,
+            settings.momentum,
+            settings.dampening,
+        )
+        self.growing = checkpoint.growing_layers(self.model)
+        self.history: list[dict[str, Any]] = []
+        self._begin_or_resume()
+        samples = len(self.train_x) * (settings.epochs - len(self.history))
+        for layer in self.growing.values():
+            layer.reserve(layer.count + samples)
+
+    def _begin_or_resume(self) -> None:
+        if self.folder is None:
+            return
+        if not (self.folder / checkpoint.MANIFEST).exists():
+            checkpoint.start_training(self.folder, self.model, self.recipe.config(self.dataset.class_names))
+            return
+        found = checkpoint.read_config(self.folder).get("recipe")
+        if found != self.recipe.to_dict():
+            raise checkpoint.CheckpointError(
+                f"{self.folder} holds a training of another recipe ({_difference(found, self.recipe.to_dict())}); "
+                "choose another folder, or remove it"
+            )
+        if records := checkpoint.read_manifest(self.folder)["epochs"]:
+            restore(self.model, self.optimizer, checkpoint.read_epoch(self.folder))
+            self.history = [record["metrics"] for record in records]
+            log.info("resuming %s after epoch %d", self.folder, len(self.history))
+
+    def run(self, progress: bool) -> TrainResult:
+        settings = self.recipe.train
+        with StepProgress(progress, self.recipe.entry, settings.epochs, self.steps_per_epoch) as bar:
+            for epoch in range(len(self.history), settings.epochs):
+                self.history.append(self._epoch(epoch, bar))
+                if self.folder is not None:
+                    self._save(epoch + 1)
+        self.model.eval()
+        results = training_results(self.recipe, self.history, self.device)
+        if self.folder is not None:
+            checkpoint.write_json(self.folder / checkpoint.RESULTS, results)
+        return TrainResult(self.model, self.recipe, self.folder, self.history, results)
+
+    def _epoch(self, epoch: int, bar: StepProgress) -> dict[str, Any]:
+        settings, begin = self.recipe.train, time.perf_counter()
+        self.model.train()
+        order = epoch_order(len(self.train_x), settings.seed, epoch).to(self.device)
+        total = 0.0
+        for i, batch in enumerate(order.split(settings.batch_size)):
+            loss = self._step(epoch * self.steps_per_epoch + i, self.train_x[batch], self.train_y[batch])
+            total += loss * len(batch)
+            bar.advance(epoch, loss)
+        record = {
+            "epoch": epoch + 1,
+            "step": (epoch + 1) * self.steps_per_epoch,
+            "lr": self.optimizer.param_groups[0]["lr"],
+            "train_loss": total / len(order),
+            "train_seconds": time.perf_counter() - begin,
+        }
+        if self.dataset.test_x is not None:
+            logits = predict(self.model, self.dataset.test_x, self.normalize)
+            record["test_accuracy"] = accuracy(logits, self.dataset.test_y)
+        if self.growing:
+            record["rows"] = {name: layer.count for name, layer in self.growing.items()}
+        log.info("%s", " ".join(f"{k}={v:.6g}" if isinstance(v, float) else f"{k}={v}" for k, v in record.items()))
+        return record
+
+    def _step(self, step: int, x: Tensor, y: Tensor) -> float:
+        settings = self.recipe.train
+        factor = schedule_factor(settings.schedule, step, self.steps_per_epoch, self.steps)
+        for group in self.optimizer.param_groups:
+            group["lr"] = settings.lr * factor
+        dtype = next(self.model.parameters()).dtype
+        logits = self.model(self.normalize(x, dtype)).float()
+        if settings.loss == "mse":
+            target = nn.functional.one_hot(y, logits.shape[1]).to(logits.dtype)
+            loss = nn.functional.mse_loss(logits, target)
+        else:
+            loss = nn.functional.cross_entropy(logits, y)
+        self.optimizer.zero_grad()
+        loss.backward()
+        norms = clip_grad_norm_(
+            self.model,
+            None if settings.clip.max_norm is None else settings.clip.max_norm * (factor if settings.clip.follows_schedule else 1),
+            settings.clip.per_param,
+        )
+        norm = torch.stack([n.double() for n in norms.values()]).sum() if isinstance(norms, dict) else norms
+        value = loss.item()
+        if not (math.isfinite(value) and norm.isfinite()):
+            self._diverged(step, value)
+        self.optimizer.step()
+        return value
+
+    def _diverged(self, step: int, loss: float) -> None:
+        epoch = step // self.steps_per_epoch + 1
+        kept = f"the net of epoch {epoch - 1} stands in {self.folder}" if self.folder and epoch > 1 else "no epoch was saved"
+        raise TrainingDiverged(
+            f"loss {loss} or its gradient is not finite at step {step} (epoch {epoch}); the step was not taken; {kept}. "
+            "Try a smaller train.lr or train.clip.max_norm, and check the inputs"
+        )
+
+    def _save(self, epoch: int) -> None:
+        record = {"epoch": epoch, "metrics": self.history[-1]}
+        tensors = optimizer_tensors(self.model, self.optimizer)
+        # A finite net's state is all of it, every epoch again: only the last is kept.
+        checkpoint.save_epoch(self.folder, self.model, record, tensors, keep_states=bool(self.growing))
+
+
+def _solve(recipe: Recipe, dataset: Dataset, folder: Path | None, device: torch.device) -> TrainResult:
+    """Fit a kernel regressor on all training inputs, in float64."""
+    begin = time.perf_counter()
+    model = recipe.build_model(device)
+    if not isinstance(model, KernelRegressor):
+        raise RecipeError(f"{recipe.entry}: a {recipe.model.kind} has no closed solution; its recipe needs a train part")
+    normalize = recipe.data.normalize
+    model.fit(normalize(dataset.train_x.to(device), torch.float64), dataset.train_y.to(device))
+    record: dict[str, Any] = {"epoch": 0, "train_seconds": time.perf_counter() - begin}
+    if dataset.test_x is not None:
+        record["test_accuracy"] = accuracy(predict(model, dataset.test_x, normalize), dataset.test_y)
+    results = training_results(recipe, [record], device)
+    if folder is not None:
+        checkpoint.save_with_probe(folder, model, recipe.config(dataset.class_names), dataset, normalize)
+        checkpoint.write_json(folder / checkpoint.RESULTS, results)
+    return TrainResult(model.eval(), recipe, folder, [record], results)
+
+
+def training_results(recipe: Recipe, history: list[dict[str, Any]], device: torch.device) -> dict[str, Any]:
+    """What a finished training records: its numbers, what they were measured on, where and when."""
+    results: dict[str, Any] = {
+        "entry": recipe.entry,
+        "data": {"name": recipe.data.name, "part": "test", "subset": recipe.data.subset, "split": recipe.data.split},
+        "seed": recipe.train.seed if recipe.train else None,
+        "train_seconds": sum(record["train_seconds"] for record in history),
+        "hardware": hardware(device),
+        "peak_memory_bytes": peak_memory(device),
+        "versions": {"pizoo": __version__, "torch": torch.__version__, "python": platform.python_version()},
+        "date": date.today().isoformat(),
+        "history": history,
+    }
+    if "test_accuracy" in history[-1]:
+        best = max(history, key=lambda record: record["test_accuracy"])
+        results["accuracy"] = history[-1]["test_accuracy"]
+        results["best_epoch"] = {"epoch": best["epoch"], "accuracy": best["test_accuracy"], "note": "test-selected"}
+    return results
+
+
+def _difference(found: Any, wanted: Any, key: str = "") -> str:
+    """The first key in which two recipes differ, with both values."""
+    if isinstance(found, dict) and isinstance(wanted, dict):
+        for name in sorted(set(found) | set(wanted)):
+            if found.get(name) != wanted.get(name):
+                return _difference(found.get(name), wanted.get(name), f"{key}.{name}" if key else name)
+    return f"{key or 'recipe'} is {found!r} there, {wanted!r} here"

@@ -1,0 +1,223 @@
+"""The entries of the zoo: list, load, and the names timm and torch.hub know them by.
+
+Everything is read from the cards' ``config.json``, plain JSON: listing and loading need neither the recipes nor what reads
+them. A card stands in ``model_cards/<entry>/`` of the clone, or inside the installed package.
+"""
+
+from __future__ import annotations
+
+import difflib
+import logging
+import os
+from collections.abc import Callable
+from fnmatch import fnmatchcase
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from timm.models import generate_default_cfgs, register_model
+from torch import nn
+
+from pizoo import checkpoint
+from pizoo.checkpoint import CheckpointError
+from pizoo.data import ASSETS, Normalize, dataset_path, load_dataset
+from pizoo.models import KernelRegressor, PiNet
+
+log = logging.getLogger("pizoo")
+
+PACKAGE = Path(__file__).parent
+
+
+class UnknownEntryError(ValueError):
+    """No entry of that name; the message offers the nearest."""
+
+
+class WeightsNotFoundError(CheckpointError):
+    """An entry whose weights are not here; the message says where they were looked for and how to get them."""
+
+
+@cache
+def cards_dir() -> Path:
+    """Folder of the model cards: at the top of a clone, inside an installed package."""
+    clone = PACKAGE.parent / "model_cards"
+    return clone if (PACKAGE.parent / "recipes" / "common").is_dir() else PACKAGE / "_model_cards"
+
+
+def list_entries(pattern: str = "*") -> list[str]:
+    """Names of the zoo's entries that match a glob pattern, sorted."""
+    names = sorted(config.parent.name for config in cards_dir().glob(f"*/{checkpoint.CONFIG}"))
+    return [name for name in names if fnmatchcase(name, pattern)]
+
+
+def card(entry: str) -> Path:
+    """The folder of an entry's card.
+
+    Raises:
+        UnknownEntryError: no such entry; offers the nearest.
+    """
+    if entry not in list_entries():
+        raise unknown(entry)
+    return cards_dir() / entry
+
+
+def unknown(entry: str) -> UnknownEntryError:
+    """The error for a name (or pattern) that no entry has; it offers the nearest."""
+    names = list_entries()
+    near = difflib.get_close_matches(entry, names, n=1)
+    hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(names)}"
+    return UnknownEntryError(f"no entry is called {entry!r}; {hint}")
+
+
+def folder_of(entry: str | os.PathLike) -> Path:
+    """Where an entry's card, or the checkpoint at a path, is. Names are plain words; any other folder is a path.
+
+    Raises:
+        UnknownEntryError: neither an entry nor a folder.
+    """
+    path = Path(entry)
+    if isinstance(entry, str) and (entry in list_entries() or not path.is_dir()):
+        return card(entry)
+    return path
+
+
+def config(entry: str) -> dict[str, Any]:
+    """The ``config.json`` of an entry's card: what builds the net, its preprocessing, its recipe."""
+    return checkpoint.read_config(card(entry))
+
+
+def has_weights(entry: str) -> bool:
+    """Whether an entry's weights are here."""
+    return (card(entry) / checkpoint.MODEL).is_file()
+
+
+def load(
+    entry: str | os.PathLike,
+    pretrained: bool = True,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    epoch: int | None = None,
+) -> PiNet | KernelRegressor:
+    """Load an entry of the zoo, or a checkpoint from a folder.
+
+    Args:
+        entry: a name (:func:`list_entries`), or the path of a folder that holds a checkpoint, finished or in training.
+        pretrained: with its weights; False: freshly initialised.
+        device: where to; None: the CPU.
+        dtype: of parameters and rows; None: float32, rows as stored.
+        epoch: of a training checkpoint, the epoch to load; None: the last.
+
+    Returns:
+        the net in eval mode. ``config`` is its ``config.json``. A kernel regressor needs its training images before it
+        predicts (``attach``); where those ship with the package, it has them.
+
+    Raises:
+        UnknownEntryError: no such entry.
+        WeightsNotFoundError: its weights are not here.
+        CheckpointError: a checkpoint that is damaged or not what it claims.
+    """
+    folder = folder_of(entry)
+    if not pretrained:
+        found = checkpoint.read_config(folder)
+        model = checkpoint.build(found["pizoo"], device, dtype).eval()
+    else:
+        if folder.parent == cards_dir() and not (folder / checkpoint.MODEL).is_file():
+            raise WeightsNotFoundError(
+                f"the weights of {folder.name!r} are not in {folder}; train them with `pizoo train {folder.name}`, then load the folder "
+                f"that it writes, or load the net untrained with pretrained=False"
+            )
+        model, found = checkpoint.load(folder, epoch, device, dtype)
+        log.info("loaded %s from %s", entry, folder)
+        if isinstance(model, KernelRegressor):
+            _attach_shipped(model, found)
+    model.config = found
+    model.pretrained_cfg = found.get("pretrained_cfg")
+    return model
+
+
+def preprocessing(config: dict[str, Any]) -> Normalize:
+    """What turns raw inputs into the net's, as its ``config.json`` says."""
+    data = config["recipe"]["data"]
+    as_tuple = {key: None if data[key] is None else tuple(data[key]) for key in ("mean", "std")}
+    return Normalize(data["scale"], **as_tuple)
+
+
+def dataset(config: dict[str, Any], data_dir: str | os.PathLike | None = None):
+    """The :class:`pizoo.data.Dataset` that a net's ``config.json`` says it was trained on."""
+    data = config["recipe"]["data"]
+    return load_dataset(
+        data["name"],
+        data_dir=data_dir,
+        path=data["path"],
+        split=data["split"],
+        subset=data["subset"],
+        input_size=tuple(data["input_size"]),
+        classes=data["classes"],
+    )
+
+
+def _attach_shipped(model: KernelRegressor, config: dict[str, Any]) -> None:
+    """Give a regressor its training images if they ship with the package."""
+    data = config["recipe"]["data"]
+    if data["path"] is None and dataset_path(data["name"]).is_relative_to(ASSETS):
+        model.attach(preprocessing(config)(dataset(config).train_x, torch.float64))
+
+
+# ---------------------------------------------------------------------------------------------------- timm, torch.hub
+
+default_cfgs: dict[str, Any] = {}  # timm looks here, in the module of the functions it registers
+
+
+def _register_with_timm() -> None:
+    """Register every network as ``ARCHITECTURE.TAG``, the tag being the data set: ``infpi_mlp_r400.cifar10``."""
+    tags: dict[str, dict[str, str]] = {}
+    cfgs = {}
+    for entry in list_entries():
+        found = config(entry)
+        architecture = found.get("architecture")
+        if architecture is None:  # kernel regressors are no timm models
+            continue
+        cfg = dict(found["pretrained_cfg"])
+        if has_weights(entry):
+            cfg["file"] = str(card(entry) / checkpoint.MODEL)
+        tags.setdefault(architecture, {})[cfg["tag"]] = entry
+        cfgs[f"{architecture}.{cfg['tag']}"] = {key: value for key, value in cfg.items() if key != "tag"}
+    default_cfgs.update(generate_default_cfgs(cfgs))
+    for architecture, entries in tags.items():
+        register_model(_timm_entrypoint(architecture, entries))
+
+
+def _timm_entrypoint(architecture: str, entries: dict[str, str]) -> Callable[..., nn.Module]:
+    def create(pretrained: bool = False, pretrained_cfg=None, num_classes: int | None = None, **kwargs) -> nn.Module:
+        unknown = {key for key, value in kwargs.items() if value is not None} - {"pretrained_cfg_overlay", "cache_dir"}
+        if unknown:
+            raise TypeError(f"{architecture} takes pretrained and num_classes; got {', '.join(sorted(unknown))}")
+        tag = getattr(pretrained_cfg, "tag", pretrained_cfg) or next(iter(entries))
+        if tag not in entries:
+            raise UnknownEntryError(f"{architecture} has the tags {', '.join(entries)}; got {tag!r}")
+        model = load(entries[tag], pretrained)
+        if num_classes is not None and num_classes != model.num_classes:
+            model.reset_classifier(num_classes)
+        return model
+
+    create.__name__ = create.__qualname__ = architecture
+    create.__doc__ = f"{architecture}: {', '.join(entries.values())}."
+    return create
+
+
+def hub_entrypoint(entry: str) -> Callable[..., nn.Module]:
+    """A torch.hub entry point that loads ``entry``."""
+
+    def load_entry(pretrained: bool = True, device=None, dtype=None) -> nn.Module:
+        return load(entry, pretrained, device, dtype)
+
+    load_entry.__name__ = load_entry.__qualname__ = entry
+    load_entry.__doc__ = (
+        f"{config(entry)['recipe']['description']}.\n\n"
+        "    pretrained: with trained weights, else freshly initialised\n"
+        "    device, dtype: as for pizoo.load\n"
+    )
+    return load_entry
+
+
+_register_with_timm()
