@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from pizoo import checkpoint
+from pizoo.recipes import Recipe
 
 PAPER = "https://openreview.net/forum?id=tUMr0Iox8XW"
+TAGS = ["pi-net", "infinite-width", "image-classification"]
+UNTRAINED = "No weights yet: `pizoo train {entry}` trains them, `pizoo.load` then takes the folder it writes."
 DATASETS = {"cifar10": "CIFAR-10", "digits": "scikit-learn digits"}
 
-TEMPLATE = """---
+TEMPLATE = (
+    """---
 {{ card_data }}
 ---
 
@@ -39,23 +44,42 @@ model = pizoo.load("{{ entry }}")
 ## Licence and source
 
 MIT. Method: Yang, Santacroce, Hu, [Efficient Computation of Deep Nonlinear Infinite-Width Neural Networks that Learn
-Features](""" + PAPER + """), ICLR 2022.
+Features]("""
+    + PAPER
+    + """), ICLR 2022.
 """
+)
+
+
+def write_config(folder: Path, recipe: Recipe, class_names: Sequence[str]) -> None:
+    """Write the ``config.json`` of an entry that has a recipe and no weights yet.
+
+    Raises:
+        CheckpointError: the folder has weights, whose own config says more.
+    """
+    if (folder / checkpoint.MODEL).exists():
+        raise checkpoint.CheckpointError(f"{folder} has weights; its {checkpoint.CONFIG} is written together with them")
+    described = {"format": checkpoint.FORMAT, **checkpoint.describe(recipe.build_model()), "files": {}}
+    checkpoint.write_json(folder / checkpoint.CONFIG, {**recipe.config(class_names), "pizoo": described})
 
 
 def write_card(folder: Path) -> Path:
-    """Write ``README.md`` of a shipped checkpoint from its ``config.json`` and ``results.json``.
+    """Write ``README.md`` of a card from its ``config.json`` and, if there is one, its ``results.json``.
 
     Raises:
-        CheckpointError: either is missing or damaged.
+        CheckpointError: either is damaged.
     """
-    config, results = checkpoint.read_config(folder), checkpoint.read_json(folder / checkpoint.RESULTS)
+    config = checkpoint.read_config(folder)
     recipe = config["recipe"]
     name = recipe["data"]["name"]
+    if not (folder / checkpoint.RESULTS).exists():
+        data = ModelCardData(license="mit", library_name="pizoo", tags=TAGS, model_name=recipe["entry"])
+        return _write(folder, data, recipe, UNTRAINED.format(entry=recipe["entry"]), _training(recipe))
+    results = checkpoint.read_json(folder / checkpoint.RESULTS)
     data = ModelCardData(
         license="mit",
         library_name="pizoo",
-        tags=["pi-net", "infinite-width", "image-classification"],
+        tags=TAGS,
         model_name=recipe["entry"],
         eval_results=[
             EvalResult(
@@ -68,13 +92,17 @@ def write_card(folder: Path) -> Path:
             )
         ],
     )
+    return _write(folder, data, recipe, _numbers(recipe, results), _training(recipe))
+
+
+def _write(folder: Path, data: ModelCardData, recipe: dict[str, Any], numbers: str, training: str) -> Path:
     card = ModelCard.from_template(
         data,
         template_str=TEMPLATE,
         entry=recipe["entry"],
         description=recipe["description"],
-        numbers=_numbers(recipe, results),
-        training=_training(recipe, results),
+        numbers=numbers,
+        training=training,
     )
     path = folder / "README.md"
     checkpoint.write_atomically(path, lambda temporary: temporary.write_text(str(card)))
@@ -88,7 +116,7 @@ def _numbers(recipe: dict[str, Any], results: dict[str, Any]) -> str:
         f"Accuracy in percent on the test part of {DATASETS.get(recipe['data']['name'], recipe['data']['name'])}, after the "
         "last epoch; best epochs are test-selected.",
         "",
-        f"| | accuracy | best epoch | training time |\n| --- | --- | --- | --- |",
+        "| | accuracy | best epoch | training time |\n| --- | --- | --- | --- |",
         f"| **this checkpoint** ({what} {results['shipped_seed']}) | **{results['accuracy']:.2f}** | | |",
     ]
     for run in results["seeds"]:
@@ -97,12 +125,16 @@ def _numbers(recipe: dict[str, Any], results: dict[str, Any]) -> str:
     if results["standard_error"] is not None:
         lines.append(f"| mean | {results['mean_accuracy']:.2f} ± {results['standard_error']:.2f} | | |")
     published = recipe["published"]
-    lines.append(f"| published | {published['accuracy']:.2f} ({published['source']}) | | |" if published else "| published | none | | |")
+    lines.append(
+        f"| published | {published['accuracy']:.2f} ({published['source']}) | | |"
+        if published
+        else "| published | none | | |"
+    )
     lines += ["", f"Measured on {results['hardware']}, {results['date']}."]
     return "\n".join(lines)
 
 
-def _training(recipe: dict[str, Any], results: dict[str, Any]) -> str:
+def _training(recipe: dict[str, Any]) -> str:
     train = recipe["train"]
     if train is None:
         model = {key: value for key, value in recipe["model"].items() if key != "kind"}
@@ -110,6 +142,6 @@ def _training(recipe: dict[str, Any], results: dict[str, Any]) -> str:
         return f"Not trained: solved in float64 on all training images ({settings})."
     return (
         f"{train['epochs']} epochs, batches of {train['batch_size']}, plain SGD with learning rate {train['lr']:g}, weights in "
-        f"{train['dtype']}. `config.json` holds the whole recipe, `results.json` the curve of every run. To run it again: "
+        f"{train['dtype']}. `config.json` holds the whole recipe, `results.json` its curve. To run it again: "
         f"`pizoo train {recipe['entry']}`."
     )

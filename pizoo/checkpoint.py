@@ -24,6 +24,7 @@ import errno
 import hashlib
 import json
 import os
+import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -65,16 +66,19 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
         CheckpointError: the disk is full; what stood at ``path`` before still does.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.tmp")  # one name: what a kill leaves behind, the next write replaces
     try:
         write(temporary)
+        temporary.chmod(0o644)  # safetensors writes files that only their owner can read
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except (OSError, SafetensorError) as error:
         # safetensors reports what the system said as text alone.
         if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error):
-            raise CheckpointError(f"no space left on the disk to write {path}; what was saved before is untouched") from error
+            raise CheckpointError(
+                f"no space left on the disk to write {path}; what was saved before is untouched"
+            ) from error
         raise
     finally:
         temporary.unlink(missing_ok=True)
@@ -116,12 +120,16 @@ def read_tensors(path: Path, digest: str | None = None) -> dict[str, Tensor]:
         if file.read(40).startswith(b"version https://git-lfs"):
             raise CheckpointError(f"{path} is a Git LFS pointer, not the file itself: fetch it with `git lfs pull`")
     if digest is not None and (found := sha256(path)) != digest:
-        raise CheckpointError(f"{path} has SHA-256 {found[:16]}…, the manifest says {digest[:16]}…: it is damaged or not its own")
+        raise CheckpointError(
+            f"{path} has SHA-256 {found[:16]}…, recorded was {digest[:16]}…: it is damaged or another file"
+        )
     try:
         with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
     except SafetensorError as error:
-        raise CheckpointError(f"{path} is not a readable safetensors file ({error}): it is truncated or damaged") from None
+        raise CheckpointError(
+            f"{path} is not a readable safetensors file ({error}): it is truncated or damaged"
+        ) from None
 
 
 def sha256(path: Path) -> str:
@@ -160,7 +168,7 @@ def build(description: Mapping[str, Any], device=None, dtype: torch.dtype | None
         if name == "InfPiMLP" and dtype is None and "rows_dtype" in description:
             options["rows_dtype"] = getattr(torch, description["rows_dtype"])
         return NETWORKS[name](**hparams, **options)
-    except (TypeError, ValueError) as error:
+    except (AttributeError, TypeError, ValueError) as error:
         raise CheckpointError(f"the checkpoint's hyper-parameters do not fit {name}: {error}") from None
 
 
@@ -170,12 +178,17 @@ def save(folder: Path, model: nn.Module, config: Mapping[str, Any], probe_x: Ten
     Args:
         probe_x, probe_logits: inputs as the net takes them [n, ...] and its logits [n, classes].
     """
-    # An interrupted save leaves an old config.json whose digests do not fit the new weights: loud, not silent.
-    digests = {
-        MODEL: write_tensors(folder / MODEL, model.state_dict()),
-        PROBE: write_tensors(folder / PROBE, {"x": probe_x, "logits": probe_logits}),
-    }
-    write_json(folder / CONFIG, {**config, "pizoo": {"format": FORMAT, **describe(model), "files": digests}})
+    folder.mkdir(parents=True, exist_ok=True)
+    # A disk that fills up leaves an older checkpoint whole; a kill between the renames leaves digests that do not fit.
+    with tempfile.TemporaryDirectory(prefix=".saving-", dir=folder) as scratch:
+        staged = Path(scratch)
+        digests = {
+            MODEL: write_tensors(staged / MODEL, model.state_dict()),
+            PROBE: write_tensors(staged / PROBE, {"x": probe_x, "logits": probe_logits}),
+        }
+        write_json(staged / CONFIG, {**config, "pizoo": {"format": FORMAT, **describe(model), "files": digests}})
+        for name in (MODEL, PROBE, CONFIG):
+            os.replace(staged / name, folder / name)
 
 
 @torch.no_grad()
@@ -196,10 +209,19 @@ def read_config(folder: Path) -> dict[str, Any]:
         CheckpointError: none there, damaged, or of another version of the format.
     """
     config = read_json(folder / CONFIG)
-    found = config.get("pizoo", {}).get("format") if isinstance(config, dict) else None
-    if found != FORMAT:
-        raise CheckpointError(f"{folder / CONFIG} has format {found!r}; this version of pizoo reads format {FORMAT}")
+    _check_format(
+        folder / CONFIG, config.get("pizoo") if isinstance(config, dict) else None, "class", "hparams", "files"
+    )
     return config
+
+
+def _check_format(path: Path, found: Any, *keys: str) -> None:
+    """Raise CheckpointError unless ``found``, read from ``path``, is of this format and has the keys."""
+    version = found.get("format") if isinstance(found, dict) else None
+    if version != FORMAT:
+        raise CheckpointError(f"{path} has format {version!r}; this version of pizoo reads format {FORMAT}")
+    if missing := [key for key in keys if key not in found]:
+        raise CheckpointError(f"{path} has no {missing[0]!r}: it is damaged")
 
 
 def load(
@@ -283,7 +305,8 @@ def save_epoch(
     Args:
         record: JSON values to keep with it; ``record["epoch"]`` numbers it.
         optimizer: tensors of the optimizer, by name.
-        keep_states: keep earlier epochs loadable; False (finite nets, whose state is the whole net) removes their files.
+        keep_states: keep earlier epochs loadable; False (finite nets, whose state is the whole net) removes their files
+            and keeps their records.
     """
     manifest = read_manifest(folder)
     _write_segment(folder, model, manifest)
@@ -299,19 +322,19 @@ def save_epoch(
         "layers": {name: {"rows": layer.count, "decay": layer.decay} for name, layer in layers.items()},
         "segments": len(manifest["segments"]),
     }
-    superseded = [] if keep_states else manifest["epochs"]
-    manifest["epochs"] = [*([] if superseded else manifest["epochs"]), entry]
+    if not keep_states:
+        manifest["epochs"] = [{**old, "state": None} for old in manifest["epochs"]]
+    manifest["epochs"].append(entry)
     write_json(folder / MANIFEST, manifest)
-    for old in superseded:
-        (folder / old["state"]["file"]).unlink(missing_ok=True)
+    if not keep_states:
+        for file in folder.glob("state-*.safetensors"):
+            if file.name != state:
+                file.unlink()
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
     manifest = read_json(folder / MANIFEST)
-    if manifest.get("format") != FORMAT:
-        raise CheckpointError(
-            f"{folder / MANIFEST} has format {manifest.get('format')!r}; this version of pizoo reads format {FORMAT}"
-        )
+    _check_format(folder / MANIFEST, manifest, "epochs", "segments")
     return manifest
 
 
@@ -322,15 +345,20 @@ def read_epoch(folder: Path, epoch: int | None = None) -> Epoch:
         CheckpointError: no such epoch; anything missing or damaged.
     """
     manifest = read_manifest(folder)
-    records = {record["epoch"]: record for record in manifest["epochs"]}
-    if not records:
-        raise CheckpointError(f"{folder} holds no finished epoch yet")
-    wanted = max(records) if epoch is None else epoch
-    if wanted not in records:
-        raise CheckpointError(f"{folder} holds epochs {min(records)} to {max(records)}; epoch={epoch} is not among them")
-    record = records[wanted]
-    segments = [read_tensors(folder / s["file"], s["sha256"]) for s in manifest["segments"][: record["segments"]]]
-    return Epoch(record, read_tensors(folder / record["state"]["file"], record["state"]["sha256"]), segments)
+    try:
+        records = {record["epoch"]: record for record in manifest["epochs"] if record["state"]}
+        if not records:
+            raise CheckpointError(f"{folder} holds no finished epoch yet")
+        first, last = min(records), max(records)
+        wanted = last if epoch is None else epoch
+        if wanted not in records:
+            held = f"epochs {first} to {last}" if last > first else f"epoch {last} alone"
+            raise CheckpointError(f"{folder} holds {held}; epoch={epoch} is not there")
+        record = records[wanted]
+        segments = [read_tensors(folder / s["file"], s["sha256"]) for s in manifest["segments"][: record["segments"]]]
+        return Epoch(record, read_tensors(folder / record["state"]["file"], record["state"]["sha256"]), segments)
+    except (KeyError, TypeError) as error:
+        raise CheckpointError(f"{folder / MANIFEST} lacks something ({error!r}): it is damaged") from None
 
 
 def _write_segment(folder: Path, model: nn.Module, manifest: dict[str, Any]) -> None:
@@ -344,4 +372,3 @@ def _write_segment(folder: Path, model: nn.Module, manifest: dict[str, Any]) -> 
     if tensors:
         file = f"rows-{len(manifest['segments']):05d}.safetensors"
         manifest["segments"].append({"file": file, "sha256": write_tensors(folder / file, tensors), "rows": ranges})
-

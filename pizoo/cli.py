@@ -2,24 +2,34 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
+from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, help="A model zoo of π-nets that can prove its numbers.")
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="A model zoo of π-nets that can prove its numbers.",
+)
 data_app = typer.Typer(no_args_is_help=True, help="Data sets.")
 app.add_typer(data_app, name="data")
 out = Console()
 err = Console(stderr=True)
+if not out.is_terminal:
+    out = Console(width=120)  # logs and pipes have no width of their own
 
 Data = Annotated[Path | None, typer.Option("--data", help="Folder of data sets [$PIZOO_DATA, ~/.cache/pizoo/data].")]
 Device = Annotated[str | None, typer.Option(help="cpu or cuda [a GPU if there is one].")]
-Set = Annotated[list[str] | None, typer.Option("--set", help="Override a recipe's key: train.epochs=1. May be repeated.")]
+Set = Annotated[
+    list[str] | None, typer.Option("--set", help="Override a recipe's key: train.epochs=1. May be repeated.")
+]
 EXIT_MISMATCH, EXIT_USAGE, EXIT_NOT_RUN = 1, 2, 3
 
 
@@ -28,7 +38,7 @@ def list_command(pattern: Annotated[str, typer.Argument(help="Glob pattern.")] =
     """List the zoo's entries, what they score and whether their weights are here."""
     from pizoo import checkpoint, zoo
 
-    table = Table("entry", "timm name", "accuracy", "published", "weights")
+    table = _table("entry", "timm name", "accuracy", "published", "weights")
     for entry in _entries([pattern]):
         config, results = zoo.config(entry), zoo.card(entry) / checkpoint.RESULTS
         recorded = checkpoint.read_json(results)["accuracy"] if results.exists() else None
@@ -56,10 +66,10 @@ def train(
     try:
         result = run(loaded, folder, data_dir=data, device=device, progress=err.is_terminal)
     except KeyboardInterrupt:
-        err.print(f"interrupted; the same command goes on after the last finished epoch in {folder}")
+        err.print(f"interrupted; the same command goes on after the last finished epoch in {folder}", soft_wrap=True)
         raise typer.Exit(130) from None
     results = result.results
-    table = Table("entry", "test accuracy", "best epoch (test-selected)", "training time", "peak memory")
+    table = _table("entry", "test accuracy", "best epoch (test-selected)", "training time", "peak memory")
     best = results.get("best_epoch")
     table.add_row(
         loaded.entry,
@@ -69,7 +79,7 @@ def train(
         f"{results['peak_memory_bytes'] / 2**20:.0f} MiB",
     )
     out.print(table)
-    out.print(f"checkpoint and log: {folder}")
+    out.print(f"checkpoint and log: {folder}", markup=False, soft_wrap=True)
 
 
 @app.command()
@@ -83,9 +93,13 @@ def evaluate(
     from pizoo.evaluation.entries import evaluate as run
 
     result = run(entry, data_dir=data, device=device, epoch=epoch)
-    table = Table("entry", "data", "images", "accuracy", "time")
+    table = _table("entry", "data", "images", "accuracy", "time")
     table.add_row(
-        entry, f"{result['data']} test", str(result["images"]), _percent(result["accuracy"]), f"{result['seconds']:.1f} s"
+        entry,
+        f"{result['data']} test",
+        str(result["images"]),
+        _percent(result["accuracy"]),
+        f"{result['seconds']:.1f} s",
     )
     out.print(table)
 
@@ -100,9 +114,9 @@ def predict(
     """Classify image files, resized to the net's input size."""
     from pizoo.evaluation.entries import classify
 
-    table = Table("image", *(f"{i + 1}." for i in range(top)))
+    table = _table("image", *(f"{i + 1}." for i in range(top)))
     for image, ranked in zip(images, classify(entry, images, device=device, top=top), strict=True):
-        table.add_row(str(image), *(f"{name} {score:.3g}" for name, score in ranked))
+        table.add_row(escape(str(image)), *(escape(f"{name} {score:.3g}") for name, score in ranked))
     out.print(table)
 
 
@@ -123,7 +137,7 @@ def verify(
     from pizoo.evaluation.verify import verify as run
 
     reports = []
-    table = Table("entry", "checkpoint", "recorded", "measured", "our training", "mean", "published", "time")
+    table = _table("entry", "checkpoint", "recorded", "measured", "mean", "published", "our training", "time")
     for entry in _entries(entries):
         with err.status(f"verifying {entry}"):
             report = run(entry, data, device, quick)
@@ -134,16 +148,16 @@ def verify(
             entry,
             {"verified": "[green]verified[/]", "mismatch": "[red]mismatch[/]"}.get(report.status, "[yellow]not run[/]"),
             "probe" if probe else _percent(report.recorded),
-            "–" if report.measured is None else f"off by {report.measured:.1e}" if probe else _percent(report.measured),
-            report.reproduction,
+            "–" if report.measured is None else f"off {report.measured:.0e}" if probe else _percent(report.measured),
             mean,
             _percent(report.published),
+            "–" if report.reproduction.startswith("no ") else report.reproduction,
             f"{report.seconds:.1f} s",
         )
     out.print(table)
     for report in reports:
         if report.reason:
-            out.print(f"{report.entry}: {report.reason}", markup=False)
+            out.print(f"{report.entry}: {report.reason}", markup=False, soft_wrap=True)
     if json_file is not None:
         checkpoint.write_json(json_file, [report.to_dict() for report in reports])
     statuses = {report.status for report in reports}
@@ -156,7 +170,9 @@ def verify(
 @app.command()
 def reproduce(
     entries: Annotated[list[str], typer.Argument(help="Entries or glob patterns, quoted: 'digits_*'.")],
-    runs: Annotated[Path, typer.Option(help="Folder for the trainings; finished ones are not run again.")] = Path("runs"),
+    runs: Annotated[Path, typer.Option(help="Folder for the trainings; finished ones are not run again.")] = Path(
+        "runs"
+    ),
     cards: Annotated[Path, typer.Option(help="Folder to write the cards into.")] = Path("model_cards"),
     seeds: Annotated[int | None, typer.Option(min=1, help="How many seeds [as the recipe says].")] = None,
     data: Data = None,
@@ -173,7 +189,9 @@ def reproduce(
             recipe, cards / entry, runs / entry, which, data_dir=data, device=device, progress=err.is_terminal
         )
         spread = "" if results["standard_error"] is None else f" ± {results['standard_error']:.2f}"
-        out.print(f"{entry}: {results['mean_accuracy']:.2f}{spread} %, {len(results['seeds'])} runs, card in {cards / entry}")
+        out.print(
+            f"{entry}: {results['mean_accuracy']:.2f}{spread} %, {len(results['seeds'])} runs, card in {cards / entry}"
+        )
 
 
 @data_app.command("prepare")
@@ -199,23 +217,34 @@ def _entries(patterns: list[str], names: list[str] | None = None) -> list[str]:
     return list(found)
 
 
+def _table(*columns: str) -> Table:
+    """A table of accuracies in percent, whose first column is never cut."""
+    first, *rest = columns
+    table = Table(box=box.SIMPLE_HEAD, caption="accuracies in percent", caption_justify="left", padding=(0, 1, 0, 0))
+    table.add_column(first, no_wrap=True)
+    for column in rest:
+        table.add_column(column)
+    return table
+
+
 def _percent(value: Any) -> str:
-    return "–" if value is None else f"{value:.2f} %"
+    return "–" if value is None else f"{value:.2f}"
 
 
 def main() -> None:
     """Run the command line; what a user can mend is one line, not a traceback."""
-    from pizoo.checkpoint import CheckpointError
-    from pizoo.training.supervised import TrainingDiverged
-
     try:
         app()
-    except (ValueError, TypeError, FileNotFoundError) as error:
-        err.print(f"[red]error:[/] {error}", highlight=False)
-        sys.exit(EXIT_USAGE)
-    except (CheckpointError, TrainingDiverged) as error:
-        err.print(f"[red]error:[/] {error}", highlight=False)
-        sys.exit(EXIT_MISMATCH)
+    except (ValueError, TypeError, OSError) as error:
+        _fail(error, EXIT_USAGE)
+    except RuntimeError as error:  # damaged checkpoints, trainings that diverge, downloads that fail, no such device
+        _fail(error, EXIT_MISMATCH)
+
+
+def _fail(error: Exception, code: int) -> NoReturn:
+    # Messages hold shapes and paths in brackets, which rich would take for markup.
+    err.print(f"[red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
+    sys.exit(code)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ import os
 import tempfile
 import zipfile
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -355,7 +355,7 @@ def read_image_folder(path: str | os.PathLike, name: str, input_size: tuple[int,
         parts["test"] = _image_files(folder / "test", class_names, allow_empty=True)
     # Grey or colour is decided for the whole data set: one test image in colour makes all of them so.
     files = [file for samples in parts.values() for file, _ in samples]
-    images = _decode(files, input_size)
+    images = read_images(files, input_size)
     labels = torch.tensor([label for samples in parts.values() for _, label in samples])
     n = len(parts["train"])
     test = (images[n:], labels[n:]) if "test" in parts else (None, None)
@@ -566,8 +566,12 @@ def _image_files(folder: Path, class_names: list[str], allow_empty: bool = False
     return samples
 
 
-def _decode(files: list[Path], input_size: tuple[int, ...] | None) -> Tensor:
-    """Decode images into uint8 [N, C, H, W]; :func:`read_image_folder` says what becomes of size and colour."""
+def read_images(files: Sequence[Path], input_size: tuple[int, ...] | None) -> Tensor:
+    """Decode image files into uint8 [N, C, H, W]; :func:`read_image_folder` says what becomes of size and colour.
+
+    Raises:
+        ValueError: a file that is no 8-bit image; images of several sizes where ``input_size`` is None.
+    """
     from PIL import Image, ImageOps
 
     images = []

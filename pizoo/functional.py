@@ -75,7 +75,7 @@ def nngp(x: Tensor, y: Tensor, depth: int, var_w: float = 1.0, var_b: float = 0.
     Raises:
         ValueError: ``depth`` below 1, inputs not of the shapes above.
     """
-    for _, cov in _nngp_layers(x, y, depth, var_w, var_b):
+    for _, cov in _nngp_layers(x, y, depth, var_w, var_b):  # noqa: B007 (the last one is the kernel)
         pass
     return cov
 

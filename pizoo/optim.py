@@ -264,7 +264,8 @@ def grad_norm(grad: Tensor | Any) -> Tensor:
 def clip_threshold(optimizer: torch.optim.Optimizer, max_norm: float) -> float:
     """``max_norm`` scaled by how far the schedule has moved the learning rate: the threshold drops together with the lr."""
     group = optimizer.param_groups[0]
-    return max_norm * group["lr"] / group.get("initial_lr", group["lr"])
+    initial = group.get("initial_lr", group["lr"])
+    return max_norm * (group["lr"] / initial) if initial else max_norm
 
 
 def _scale(param: nn.Parameter, norm: Tensor, max_norm: float) -> None:

@@ -123,8 +123,8 @@ def load(
     else:
         if folder.parent == cards_dir() and not (folder / checkpoint.MODEL).is_file():
             raise WeightsNotFoundError(
-                f"the weights of {folder.name!r} are not in {folder}; train them with `pizoo train {folder.name}`, then load the folder "
-                f"that it writes, or load the net untrained with pretrained=False"
+                f"the weights of {folder.name!r} are not in {folder}; train them with `pizoo train {folder.name}`, then load "
+                f"the folder that it writes, or load the net untrained with pretrained=False"
             )
         model, found = checkpoint.load(folder, epoch, device, dtype)
         log.info("loaded %s from %s", entry, folder)

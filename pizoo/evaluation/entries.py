@@ -47,7 +47,9 @@ def evaluate(
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         model = zoo.load(model_or_entry, device=device, epoch=epoch)
     if not hasattr(model, "config"):
-        raise ValueError("model was not loaded by pizoo.load: its data and preprocessing are unknown; call predict instead")
+        raise ValueError(
+            "model was not loaded by pizoo.load: its data and preprocessing are unknown; call predict instead"
+        )
     normalize = zoo.preprocessing(model.config)
     dataset = dataset or zoo.dataset(model.config, data_dir)
     if dataset.test_x is None:
@@ -69,7 +71,11 @@ def attach_training_images(model: nn.Module, train_x: Tensor, normalize) -> None
 
 
 def classify(
-    entry: str | os.PathLike, images: Sequence[str | os.PathLike], *, device: torch.device | str | None = None, top: int = 3
+    entry: str | os.PathLike,
+    images: Sequence[str | os.PathLike],
+    *,
+    device: torch.device | str | None = None,
+    top: int = 3,
 ) -> list[list[tuple[str, float]]]:
     """The likeliest classes of image files, with their probabilities (for kernel regressors: scores).
 

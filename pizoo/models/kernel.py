@@ -125,7 +125,7 @@ class KernelRegressor(nn.Module):
 
 
 class NNGPRegressor(KernelRegressor):
-    """Regression with :func:`pizoo.functional.nngp`: ``NNGPRegressor(d_in, d_out, depth=2, var_w=1.0, var_b=0.0, ridge=1e-4)``."""
+    """Regression with :func:`pizoo.functional.nngp`, whose parameters these are."""
 
     kernel_function = "nngp"
 

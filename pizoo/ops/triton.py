@@ -6,33 +6,22 @@ A fixed grid of programs walks over blocks of rows; each keeps its share of the 
 once, and a second kernel adds the shares in the order of the programs. No atomics: two runs give the same bits. The
 number of rows in use is read on the device, so that one captured launch serves a layer while it grows.
 
-Everything is computed transposed, rows first: a block of rows [rows, r] times inputs [r, samples], because tensor cores
-want 64 or more along the first dimension and as few as 16 along the second, and a batch is short. Columns are cut into
-pieces whose widths are powers of two (400 = 256 + 128 + 16).
+Columns are cut into pieces whose widths are powers of two (400 = 256 + 128 + 16). Every product with a tile of rows has the
+tile as it lies in memory on its larger side, so that one asynchronously loaded copy serves both products with it.
 
-Half-precision products are scaled by powers of two, exactly, so that neither tiny multipliers nor tiny rows underflow.
+Coefficients are rounded to the dtype of the rows before a product with them. They are scaled by powers of two, exactly, so
+that neither tiny multipliers nor tiny rows underflow in half precision.
 """
 
 from __future__ import annotations
 
+from functools import cache
 from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-
-from pizoo.ops.reference import accumulate_dtype
-
-
-def pieces(n: int, smallest: int, largest: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Cut n columns into power-of-two pieces that cover them: their first columns and their widths."""
-    starts, widths, left = [], [], -(-n // smallest) * smallest
-    while left:
-        starts.append(sum(widths))
-        widths.append(min(largest, 1 << (left.bit_length() - 1)))
-        left -= widths[-1]
-    return tuple(starts), tuple(widths)
 
 
 @triton.jit
@@ -48,9 +37,9 @@ def _arc_cosine_kernels(q):
     poly = poly * x + 0.0889789874
     poly = poly * x - 0.2145988016
     poly = poly * x + 1.5707963050
-    acos = tl.sqrt(1 - x) * poly
     TURNS: tl.constexpr = 0.15915494309189535
-    F11 = tl.where(q > 0, 0.5 - acos * TURNS, acos * TURNS)
+    acos = tl.sqrt(1 - x) * poly * TURNS
+    F11 = tl.where(q > 0, 0.5 - acos, acos)
     F02 = tl.sqrt((1 - x) * (1 + x)) * TURNS
     return F02 + q * F11, F11, F02
 
@@ -63,8 +52,22 @@ def _power_of_two(x):
 
 
 @triton.jit
-def _rows(count, M):
-    """Rows in use: all M of them, or as many as the device says."""
+def _rescale(unit, top, largest):
+    """Choose the unit in which the next block is summed: a power of two near its largest coefficient.
+
+    It follows the blocks down to 2^-40 of the largest so far and no further, so that sums in it cannot overflow.
+
+    Returns:
+        The new unit, one over it, the largest so far, and the factor from old units to new.
+    """
+    top = tl.maximum(top, largest)
+    new, inverse = _power_of_two(tl.maximum(largest, top * 9.094947e-13))
+    return new, inverse, top, unit * inverse
+
+
+@triton.jit
+def _rows_in_use(count, M):
+    """All M rows, or as many as the device says."""
     if count is None:
         return M
     return tl.minimum(tl.load(count).to(tl.int32), M)
@@ -77,43 +80,97 @@ def _load(pointer, i, j, stride: tl.constexpr, rows, columns):
 
 
 @triton.jit
-def _load_pieces(pointer, i, stride: tl.constexpr, rows, columns, STARTS: tl.constexpr, WIDTHS: tl.constexpr):
-    tiles = ()
-    for k in tl.static_range(len(WIDTHS)):
-        tiles += (_load(pointer, i[:, None], _columns(STARTS[k], WIDTHS[k])[None, :], stride, rows, columns),)
-    return tiles
-
-
-@triton.jit
-def _load_weights(amult, block, ROWS: tl.constexpr, count):
-    """Multipliers of a block. Loaded by hand one block ahead: in registers, the tiles fill shared memory to the brim."""
-    row = tl.cast(block, tl.int64) * ROWS + tl.arange(0, ROWS)
-    return tl.load(amult + row, mask=row < count, other=0.0)
-
-
-@triton.jit
 def _columns(start: tl.constexpr, width: tl.constexpr):
     return start + tl.arange(0, width)
 
 
 @triton.jit
-def _zeros(rows: tl.constexpr, columns: tl.constexpr):
-    return tl.zeros((rows, columns), tl.float32)
-
-
-@triton.jit
-def _dot(x, y, PRECISION: tl.constexpr):
-    return tl.dot(x, y, input_precision=PRECISION)
-
-
-@triton.jit
-def _inputs(pointer, samples, b, r: tl.constexpr, dtype: tl.constexpr, STARTS: tl.constexpr, WIDTHS: tl.constexpr):
-    """gbar transposed, in pieces [width, samples] of the rows' dtype."""
-    tiles = ()
+def _zeros(rows: tl.constexpr, WIDTHS: tl.constexpr):
+    """Zeros [rows, width] of every piece."""
+    pieces = ()
     for k in tl.static_range(len(WIDTHS)):
-        tile = _load(pointer, samples[None, :], _columns(STARTS[k], WIDTHS[k])[:, None], r, b, r)
-        tiles += (tile.to(dtype),)
-    return tiles
+        pieces += (tl.full((rows, WIDTHS[k]), 0, tl.float32),)
+    return pieces
+
+
+@triton.jit
+def _load_rows(
+    pointer,
+    block,
+    count,
+    r: tl.constexpr,
+    stride: tl.constexpr,
+    ROWS: tl.constexpr,
+    STARTS: tl.constexpr,
+    WIDTHS: tl.constexpr,
+):
+    """A block of rows in pieces [ROWS, width], zero beyond ``count``."""
+    pointer += tl.cast(block, tl.int64) * ROWS * stride
+    row = tl.arange(0, ROWS)[:, None]
+    pieces = ()
+    for k in tl.static_range(len(WIDTHS)):
+        pieces += (_load(pointer, row, _columns(STARTS[k], WIDTHS[k])[None, :], stride, count - block * ROWS, r),)
+    return pieces
+
+
+@triton.jit
+def _load_multipliers(amult, block, count, ROWS: tl.constexpr):
+    """Multipliers of a block, loaded by hand one block ahead: tiles take what asynchronous buffers there are."""
+    row = tl.cast(block, tl.int64) * ROWS + tl.arange(0, ROWS)
+    return tl.load(amult + row, mask=row < count, other=0.0)
+
+
+@triton.jit
+def _load_inputs(pointer, sample, b, r: tl.constexpr, STARTS: tl.constexpr, WIDTHS: tl.constexpr):
+    """Inputs, or gradients at outputs, transposed: pieces [width, samples] in float32."""
+    pieces = ()
+    for k in tl.static_range(len(WIDTHS)):
+        pieces += (_load(pointer, sample[None, :], _columns(STARTS[k], WIDTHS[k])[:, None], r, b, r),)
+    return pieces
+
+
+@triton.jit
+def _multiply(pieces, factor, dtype: tl.constexpr):
+    """Pieces times a factor that broadcasts, rounded to ``dtype``."""
+    new = ()
+    for k in tl.static_range(len(pieces)):
+        new += ((pieces[k] * factor).to(dtype),)
+    return new
+
+
+@triton.jit
+def _contract(tiles, inputs, PRECISION: tl.constexpr):
+    """``inputs^T tiles^T`` over all columns: pieces [columns, samples], [rows, columns] -> [samples, rows]."""
+    if inputs[0].shape[1] < 64:
+        # The rows take the larger side of the tensor cores' product, the few samples the smaller.
+        total = tl.dot(tiles[0], inputs[0], input_precision=PRECISION)
+        for k in tl.static_range(1, len(tiles)):
+            total = tl.dot(tiles[k], inputs[k], total, input_precision=PRECISION)
+        return total.T
+    else:
+        total = tl.dot(inputs[0].T, tiles[0].T, input_precision=PRECISION)
+        for k in tl.static_range(1, len(tiles)):
+            total = tl.dot(inputs[k].T, tiles[k].T, total, input_precision=PRECISION)
+        return total
+
+
+@triton.jit
+def _accumulate(sums, factor, coefficients, tiles, PRECISION: tl.constexpr):
+    """``sums factor + coefficients tiles``: pieces [samples, columns], [samples, rows], pieces [rows, columns]."""
+    new = ()
+    for k in tl.static_range(len(tiles)):
+        new += (tl.dot(coefficients, tiles[k], sums[k] * factor, input_precision=PRECISION),)
+    return new
+
+
+@triton.jit
+def _store(
+    pointer, row, rows, stride: tl.constexpr, r: tl.constexpr, sums, unit, STARTS: tl.constexpr, WIDTHS: tl.constexpr
+):
+    """Write sums, pieces [rows, width] in ``unit``."""
+    for k in tl.static_range(len(WIDTHS)):
+        column = _columns(STARTS[k], WIDTHS[k])[None, :]
+        tl.store(pointer + row[:, None] * stride + column, sums[k] * unit, mask=(row[:, None] < rows) & (column < r))
 
 
 @triton.jit
@@ -139,44 +196,27 @@ def _forward_kernel(
     STAGES: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """``partial[program] = Σ F00(q) amult A`` over this program's rows, [b, r_out]."""
+    """``partial[program]``, [b, r_out]: ``Σ F00(q) amult A`` over this program's rows."""
     program, programs = tl.program_id(1), tl.num_programs(1)
-    dtype: tl.constexpr = A.dtype.element_ty
-    count = _rows(count, M)
+    count = _rows_in_use(count, M)
     blocks = tl.cdiv(count, ROWS)
     if program < blocks:
-        samples = tl.program_id(0) * BATCH + tl.arange(0, BATCH)
-        row = tl.arange(0, ROWS)
-        inputs = _inputs(gbar, samples, b, r, dtype, B_STARTS, B_WIDTHS)
-        outs = ()
-        for k in tl.static_range(len(A_WIDTHS)):
-            outs += (_zeros(BATCH, A_WIDTHS[k]),)
-        weight = _load_weights(amult, program, ROWS, count)
+        sample = tl.program_id(0) * BATCH + tl.arange(0, BATCH)
+        dtype: tl.constexpr = A.dtype.element_ty
+        inputs = _multiply(_load_inputs(gbar, sample, b, r, B_STARTS, B_WIDTHS), 1.0, dtype)
+        sums, unit, top = _zeros(BATCH, A_WIDTHS), 1.0, 0.0
+        multipliers = _load_multipliers(amult, program, count, ROWS)
         for block in tl.range(program, blocks, programs, num_stages=STAGES):
-            first = tl.cast(block, tl.int64) * ROWS
-            left = count - block * ROWS
-            B_tiles = _load_pieces(B + first * stride_B, row, stride_B, left, r, B_STARTS, B_WIDTHS)
-            A_tiles = _load_pieces(A + first * stride_A, row, stride_A, left, r_out, A_STARTS, A_WIDTHS)
-            next_weight = _load_weights(amult, block + programs, ROWS, count)
-            q = _dot(B_tiles[0], inputs[0], PRECISION)
-            for k in tl.static_range(1, len(B_WIDTHS)):
-                q += _dot(B_tiles[k], inputs[k], PRECISION)
-            F00, _, _ = _arc_cosine_kernels(q)
-            scale, inverse = _power_of_two(tl.max(tl.abs(weight)))
-            coefficients = (F00 * (weight * inverse)[:, None]).to(dtype).T
-            sums = ()
-            for k in tl.static_range(len(A_WIDTHS)):
-                sums += (outs[k] + _dot(coefficients, A_tiles[k], PRECISION) * scale,)
-            outs, weight = sums, next_weight
+            B_tiles = _load_rows(B, block, count, r, stride_B, ROWS, B_STARTS, B_WIDTHS)
+            A_tiles = _load_rows(A, block, count, r_out, stride_A, ROWS, A_STARTS, A_WIDTHS)
+            next_multipliers = _load_multipliers(amult, block + programs, count, ROWS)
+            F00, _, _ = _arc_cosine_kernels(_contract(B_tiles, inputs, PRECISION))
+            unit, inverse, top, factor = _rescale(unit, top, tl.max(tl.abs(multipliers)))
+            coefficients = (F00 * (multipliers * inverse)[None, :]).to(dtype)
+            sums = _accumulate(sums, factor, coefficients, A_tiles, PRECISION)
+            multipliers = next_multipliers
         partial += program.to(tl.int64) * b * r_out
-        for k in tl.static_range(len(A_WIDTHS)):
-            _store(partial, samples, _columns(A_STARTS[k], A_WIDTHS[k]), r_out, b, r_out, outs[k])
-
-
-@triton.jit
-def _store(pointer, samples, columns, stride: tl.constexpr, rows, width: tl.constexpr, values):
-    mask = (samples[:, None] < rows) & (columns[None, :] < width)
-    tl.store(pointer + samples[:, None] * stride + columns[None, :], values, mask=mask)
+        _store(partial, sample, b, r_out, r_out, sums, unit, A_STARTS, A_WIDTHS)
 
 
 @triton.jit
@@ -203,55 +243,38 @@ def _backward_kernel(
     STAGES: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """``partial[program]``, [b, r + 1]: ``Σ dγ F11(q) B`` over this program's rows, and in the last column ``Σ dγ F02(q)``."""
+    """``partial[program]``, [b, r + 1]: ``Σ dγ F11(q) B`` over this program's rows; last column: ``Σ dγ F02(q)``."""
     program, programs = tl.program_id(1), tl.num_programs(1)
-    dtype: tl.constexpr = A.dtype.element_ty
-    count = _rows(count, M)
+    count = _rows_in_use(count, M)
     blocks = tl.cdiv(count, ROWS)
     if program < blocks:
-        samples = tl.program_id(0) * BATCH + tl.arange(0, BATCH)
-        row = tl.arange(0, ROWS)
-        inputs = _inputs(gbar, samples, b, r, dtype, B_STARTS, B_WIDTHS)
-        largest = tl.zeros((BATCH,), tl.float32)
-        for k in tl.static_range(len(A_WIDTHS)):
-            tile = _load(delta, samples[None, :], _columns(A_STARTS[k], A_WIDTHS[k])[:, None], r_out, b, r_out)
-            largest = tl.maximum(largest, tl.max(tl.abs(tile), 0))
-        delta_scale, inverse = _power_of_two(largest)
-        deltas = ()
-        for k in tl.static_range(len(A_WIDTHS)):
-            tile = _load(delta, samples[None, :], _columns(A_STARTS[k], A_WIDTHS[k])[:, None], r_out, b, r_out)
-            deltas += ((tile * inverse[None, :]).to(dtype),)
-        grads = ()
-        for k in tl.static_range(len(B_WIDTHS)):
-            grads += (_zeros(BATCH, B_WIDTHS[k]),)
-        along = tl.zeros((ROWS, BATCH), tl.float32)
-        weight = _load_weights(amult, program, ROWS, count)
+        sample = tl.program_id(0) * BATCH + tl.arange(0, BATCH)
+        dtype: tl.constexpr = A.dtype.element_ty
+        inputs = _multiply(_load_inputs(gbar, sample, b, r, B_STARTS, B_WIDTHS), 1.0, dtype)
+        deltas = _load_inputs(delta, sample, b, r_out, A_STARTS, A_WIDTHS)
+        largest = tl.max(tl.abs(deltas[0]), 0)
+        for k in tl.static_range(1, len(A_WIDTHS)):
+            largest = tl.maximum(largest, tl.max(tl.abs(deltas[k]), 0))
+        delta_unit, inverse = _power_of_two(largest)
+        deltas = _multiply(deltas, inverse[None, :], dtype)
+        sums, unit, top = _zeros(BATCH, B_WIDTHS), tl.full((BATCH,), 1, tl.float32), tl.zeros((BATCH,), tl.float32)
+        along = tl.zeros((BATCH, ROWS), tl.float32)
+        multipliers = _load_multipliers(amult, program, count, ROWS)
         for block in tl.range(program, blocks, programs, num_stages=STAGES):
-            first = tl.cast(block, tl.int64) * ROWS
-            left = count - block * ROWS
-            B_tiles = _load_pieces(B + first * stride_B, row, stride_B, left, r, B_STARTS, B_WIDTHS)
-            A_tiles = _load_pieces(A + first * stride_A, row, stride_A, left, r_out, A_STARTS, A_WIDTHS)
-            next_weight = _load_weights(amult, block + programs, ROWS, count)
-            q = _dot(B_tiles[0], inputs[0], PRECISION)
-            for k in tl.static_range(1, len(B_WIDTHS)):
-                q += _dot(B_tiles[k], inputs[k], PRECISION)
-            dgamma = _dot(A_tiles[0], deltas[0], PRECISION)
-            for k in tl.static_range(1, len(A_WIDTHS)):
-                dgamma += _dot(A_tiles[k], deltas[k], PRECISION)
-            _, F11, F02 = _arc_cosine_kernels(q)
-            dgamma *= weight[:, None]
+            B_tiles = _load_rows(B, block, count, r, stride_B, ROWS, B_STARTS, B_WIDTHS)
+            A_tiles = _load_rows(A, block, count, r_out, stride_A, ROWS, A_STARTS, A_WIDTHS)
+            next_multipliers = _load_multipliers(amult, block + programs, count, ROWS)
+            _, F11, F02 = _arc_cosine_kernels(_contract(B_tiles, inputs, PRECISION))
+            dgamma = _contract(A_tiles, deltas, PRECISION) * multipliers[None, :]
             along += dgamma * F02
             coefficients = dgamma * F11
-            scale, inverse = _power_of_two(tl.max(tl.abs(coefficients), 0))
-            coefficients = (coefficients * inverse[None, :]).to(dtype).T
-            sums = ()
-            for k in tl.static_range(len(B_WIDTHS)):
-                sums += (grads[k] + _dot(coefficients, B_tiles[k], PRECISION) * scale[:, None],)
-            grads, weight = sums, next_weight
+            unit, inverse, top, factor = _rescale(unit, top, tl.max(tl.abs(coefficients), 1))
+            coefficients = (coefficients * inverse[:, None]).to(dtype)
+            sums = _accumulate(sums, factor[:, None], coefficients, B_tiles, PRECISION)
+            multipliers = next_multipliers
         partial += program.to(tl.int64) * b * (r + 1)
-        for k in tl.static_range(len(B_WIDTHS)):
-            _store(partial, samples, _columns(B_STARTS[k], B_WIDTHS[k]), r + 1, b, r, grads[k] * delta_scale[:, None])
-        tl.store(partial + samples * (r + 1) + r, tl.sum(along, 0) * delta_scale, mask=samples < b)
+        _store(partial, sample, b, r + 1, r, sums, (unit * delta_unit)[:, None], B_STARTS, B_WIDTHS)
+        tl.store(partial + sample * (r + 1) + r, tl.sum(along, 1) * delta_unit, mask=sample < b)
 
 
 @triton.jit
@@ -277,63 +300,49 @@ def _jacobian_kernel(
     STAGES: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """``partial[program]``, [b r_out, r + 2]: ``Σ F11(q) w_o B``, ``Σ F00(q) w_o``, ``Σ F02(q) w_o`` with w = amult A."""
+    """``partial[program]``, [b r_out, r + 2]: ``Σ F11(q) w B``, ``Σ F00(q) w``, ``Σ F02(q) w`` with w = amult A."""
     program, programs = tl.program_id(1), tl.num_programs(1)
-    dtype: tl.constexpr = A.dtype.element_ty
-    count = _rows(count, M)
+    count = _rows_in_use(count, M)
     blocks = tl.cdiv(count, ROWS)
     if program < blocks:
-        first_sample = tl.program_id(0) * BATCH
-        row = tl.arange(0, ROWS)
-        # Tensor cores take 16 samples at least: the second half holds what rounding took from the first.
-        both = tl.arange(0, 2 * BATCH)
-        samples = first_sample + both % BATCH
-        inputs = ()
-        for k in tl.static_range(len(B_WIDTHS)):
-            tile = _load(gbar, samples[None, :], _columns(B_STARTS[k], B_WIDTHS[k])[:, None], r, b, r)
-            rounded = tile.to(dtype)
-            inputs += (tl.where(both[None, :] < BATCH, rounded, (tile - rounded.to(tl.float32)).to(dtype)),)
-        outputs = tl.arange(0, 16)
+        first = tl.program_id(0) * BATCH
+        sample = first + tl.arange(0, BATCH)
+        output = tl.arange(0, 16)
+        dtype: tl.constexpr = A.dtype.element_ty
+        inputs = _multiply(_load_inputs(gbar, sample, b, r, B_STARTS, B_WIDTHS), 1.0, dtype)
+        unit, top = 1.0, 0.0
         jacobians = ()
-        for k in tl.static_range(len(B_WIDTHS)):
-            for o in tl.static_range(len(A_WIDTHS)):
-                jacobians += (_zeros(BATCH * A_WIDTHS[o], B_WIDTHS[k]),)
-        sums = tl.zeros((16, 2 * BATCH), tl.float32)
-        weight = _load_weights(amult, program, ROWS, count)
+        for o in tl.static_range(len(A_WIDTHS)):
+            jacobians += (_zeros(BATCH * A_WIDTHS[o], B_WIDTHS),)
+        sums = tl.zeros((2 * BATCH, 16), tl.float32)
+        multipliers = _load_multipliers(amult, program, count, ROWS)
         for block in tl.range(program, blocks, programs, num_stages=STAGES):
-            first = tl.cast(block, tl.int64) * ROWS
-            left = count - block * ROWS
-            B_tiles = _load_pieces(B + first * stride_B, row, stride_B, left, r, B_STARTS, B_WIDTHS)
-            A_tiles = _load_pieces(A + first * stride_A, row, stride_A, left, r_out, A_STARTS, A_WIDTHS)
-            A_tile = _load(A + first * stride_A, row[:, None], outputs[None, :], stride_A, left, r_out)
-            next_weight = _load_weights(amult, block + programs, ROWS, count)
-            q = _dot(B_tiles[0], inputs[0], PRECISION)
-            for k in tl.static_range(1, len(B_WIDTHS)):
-                q += _dot(B_tiles[k], inputs[k], PRECISION)
-            F00, F11, F02 = _arc_cosine_kernels(tl.sum(q.reshape(ROWS, 2, BATCH), 1))
-            w = A_tile.to(tl.float32) * weight[:, None]
-            scale, inverse = _power_of_two(tl.max(tl.abs(w)))
-            both_F = tl.join(F00, F02).reshape(ROWS, 2 * BATCH).to(dtype)
-            sums += _dot((w * inverse).to(dtype).T, both_F, PRECISION) * scale
-            weight *= inverse
+            B_tiles = _load_rows(B, block, count, r, stride_B, ROWS, B_STARTS, B_WIDTHS)
+            A_tiles = _load_rows(A, block, count, r_out, stride_A, ROWS, A_STARTS, A_WIDTHS)
+            (A_tile,) = _load_rows(A, block, count, r_out, stride_A, ROWS, (0,), (16,))
+            next_multipliers = _load_multipliers(amult, block + programs, count, ROWS)
+            F00, F11, F02 = _arc_cosine_kernels(_contract(B_tiles, inputs, PRECISION))
+            weights = A_tile.to(tl.float32) * multipliers[:, None]
+            unit, inverse, top, factor = _rescale(unit, top, tl.max(tl.abs(weights)))
+            both = tl.join(F00, F02).permute(0, 2, 1).reshape(2 * BATCH, ROWS).to(dtype)
+            sums = tl.dot(both, (weights * inverse).to(dtype), sums * factor, input_precision=PRECISION)
+            multipliers *= inverse
             new = ()
-            for k in tl.static_range(len(B_WIDTHS)):
-                for o in tl.static_range(len(A_WIDTHS)):
-                    product = F11[:, :, None] * (A_tiles[o].to(tl.float32) * weight[:, None])[:, None, :]
-                    product = product.to(dtype).reshape(ROWS, BATCH * A_WIDTHS[o]).T
-                    new += (jacobians[k * len(A_WIDTHS) + o] + _dot(product, B_tiles[k], PRECISION) * scale,)
-            jacobians, weight = new, next_weight
-        partial += program.to(tl.int64) * b * r_out * (r + 2)
-        for k in tl.static_range(len(B_WIDTHS)):
             for o in tl.static_range(len(A_WIDTHS)):
-                n = tl.arange(0, BATCH * A_WIDTHS[o])
-                sample, output = first_sample + n // A_WIDTHS[o], A_STARTS[o] + n % A_WIDTHS[o]
-                # An output beyond the last is sent beyond the last sample, which is not stored.
-                pair = tl.where(output < r_out, sample * r_out + output, b * r_out)
-                _store(partial, pair, _columns(B_STARTS[k], B_WIDTHS[k]), r + 2, b * r_out, r, jacobians[k * len(A_WIDTHS) + o])
-        pair = (first_sample + both // 2)[None, :] * r_out + outputs[:, None]
-        mask = (outputs < r_out)[:, None] & (first_sample + both // 2 < b)[None, :]
-        tl.store(partial + pair * (r + 2) + r + (both % 2)[None, :], sums, mask=mask)
+                weights = (A_tiles[o].to(tl.float32) * multipliers[:, None]).T
+                products = (F11[:, None, :] * weights[None, :, :]).to(dtype).reshape(BATCH * A_WIDTHS[o], ROWS)
+                new += (_accumulate(jacobians[o], factor, products, B_tiles, PRECISION),)
+            jacobians, multipliers = new, next_multipliers
+        partial += program.to(tl.int64) * b * r_out * (r + 2)
+        for o in tl.static_range(len(A_WIDTHS)):
+            n = tl.arange(0, BATCH * A_WIDTHS[o])
+            column = A_STARTS[o] + n % A_WIDTHS[o]
+            # A column beyond the last is sent beyond the last sample, where nothing is stored.
+            pair = tl.where(column < r_out, (first + n // A_WIDTHS[o]) * r_out + column, b * r_out)
+            _store(partial, pair, b * r_out, r + 2, r, jacobians[o], unit, B_STARTS, B_WIDTHS)
+        n = tl.arange(0, 2 * BATCH)[:, None]
+        pointer = partial + ((first + n // 2) * r_out + output[None, :]) * (r + 2) + r + n % 2
+        tl.store(pointer, sums * unit, mask=(first + n // 2 < b) & (output < r_out)[None, :])
 
 
 @triton.jit
@@ -360,9 +369,8 @@ def _reduce_kernel(
     i = tl.program_id(0)
     column = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
     program = tl.arange(0, PROGRAMS)
-    active = tl.minimum(programs, tl.cdiv(_rows(count, M), ROWS))
-    stride: tl.constexpr = columns + ALONG
-    pointer = partial + (program * length + i).to(tl.int64) * stride
+    active = tl.minimum(programs, tl.cdiv(_rows_in_use(count, M), ROWS))
+    pointer = partial + (program.to(tl.int64) * length + i) * (columns + ALONG)
     mask = program < active
     terms = tl.load(pointer[:, None] + column[None, :], mask=mask[:, None] & (column < columns)[None, :], other=0.0)
     total = tl.sum(terms, 0)
@@ -373,55 +381,56 @@ def _reduce_kernel(
 
 
 class Launch(NamedTuple):
-    """How an op is cut into programs: rows of a block, samples of a tile, warps, buffers, programs a multiprocessor."""
-
     rows: int
     batch: int
     warps: int
     stages: int
-    per_sm: int
+    smallest: int
+
+
+def pieces(n: int, smallest: int, largest: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Cut n columns into pieces that cover them: their first columns and their widths, powers of two."""
+    starts, widths, left = [], [], -(-n // smallest) * smallest
+    while left:
+        starts.append(sum(widths))
+        widths.append(min(largest, 1 << (left.bit_length() - 1)))
+        left -= widths[-1]
+    return tuple(starts), tuple(widths)
 
 
 def growing_forward(gbar: Tensor, A: Tensor, B: Tensor, amult: Tensor, count: Tensor | None = None) -> Tensor:
-    """``F00(q) (amult A)``; see :func:`pizoo.ops.reference.growing_forward`."""
-    columns = A.shape[1]
-    return _run(_forward_kernel, _launch("forward", gbar, A), gbar, A, B, amult, (), count, len(gbar), columns, False)
+    return _run(_forward_kernel, gbar, A, B, amult, (), count)
 
 
 def growing_backward(
     gbar: Tensor, A: Tensor, B: Tensor, amult: Tensor, delta: Tensor, count: Tensor | None = None
 ) -> Tensor:
-    """The gradient with respect to g; see :func:`pizoo.ops.reference.growing_backward`."""
-    b, r = gbar.shape
-    delta = delta.to(torch.float32).contiguous()
-    return _run(_backward_kernel, _launch("backward", gbar, A), gbar, A, B, amult, (delta,), count, b, r, True)
+    return _run(_backward_kernel, gbar, A, B, amult, (delta.to(torch.float32).contiguous(),), count)
 
 
 def growing_forward_jacobian(
     gbar: Tensor, A: Tensor, B: Tensor, amult: Tensor, count: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Output and Jacobian in one pass; see :func:`pizoo.ops.reference.growing_forward_jacobian`."""
     (b, r), r_out = gbar.shape, A.shape[1]
-    launch = _launch("jacobian", gbar, A)
-    both = _run(_jacobian_kernel, launch, gbar, A, B, amult, (), count, b * r_out, r + 1, True).view(b, r_out, r + 1)
+    both = _run(_jacobian_kernel, gbar, A, B, amult, (), count).view(b, r_out, r + 1)
     return both[:, :, r], both[:, :, :r]
 
 
-def _launch(op: str, gbar: Tensor, A: Tensor) -> Launch:
-    return Launch(64, 8 if op == "jacobian" else 16, 4, 2, 1)
-
-
-def _run(kernel, launch, gbar, A, B, amult, delta, count, length: int, columns: int, along: bool) -> Tensor:
+def _run(kernel, gbar, A, B, amult, delta, count, launch=None, per_sm=None) -> Tensor:
     (b, r), (M, r_out) = gbar.shape, A.shape
     jacobian = kernel is _jacobian_kernel
+    length, columns, along = {
+        _forward_kernel: (b, r_out, False), _backward_kernel: (b, r, True), _jacobian_kernel: (b * r_out, r + 1, True)
+    }[kernel]
+    launch = launch or Launch(32, 8, 2, 3, 64 if jacobian else 16)
     gbar = gbar.to(torch.float32).contiguous()
     A, B = (part if part.stride(1) == 1 else part.contiguous() for part in (A, B))
     tiles = triton.cdiv(b, launch.batch)
-    programs = max(1, multiprocessors(A.device) * launch.per_sm // tiles)
+    B_starts, B_widths = pieces(r, launch.smallest, 256)
+    A_starts, A_widths = pieces(r_out, 1, 4) if jacobian else pieces(r_out, launch.smallest, 256)
+    programs = max(1, multiprocessors(A.device) * (per_sm or 1) // tiles)
     partial = gbar.new_empty(programs, length, columns + along)
     out = gbar.new_empty(length, columns)
-    B_starts, B_widths = pieces(r, 16, 256)
-    A_starts, A_widths = pieces(r_out, 1, 8) if jacobian else pieces(r_out, 16, 256)
     kernel[(tiles, programs)](
         gbar, A, B, amult.contiguous(), *delta, count, partial, M, b, r, r_out, A.stride(0), B.stride(0),
         B_starts, B_widths, A_starts, A_widths, launch.rows, launch.batch, launch.stages,

@@ -6,7 +6,7 @@ import logging
 import platform
 import resource
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -27,6 +27,11 @@ def peak_memory(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
+class _LogFile(logging.FileHandler):
+    def handleError(self, record: logging.LogRecord) -> None:
+        """Nothing: a line of log that cannot be written is no reason to fill the terminal with tracebacks."""
+
+
 @contextmanager
 def logging_to(folder: Path | None) -> Iterator[None]:
     """Send the package's log to ``train.log`` in a folder while training."""
@@ -34,7 +39,7 @@ def logging_to(folder: Path | None) -> Iterator[None]:
         yield
         return
     folder.mkdir(parents=True, exist_ok=True)
-    handler = logging.FileHandler(folder / "train.log")
+    handler = _LogFile(folder / "train.log")
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
     log.addHandler(handler)
     log.setLevel(logging.INFO)
@@ -45,7 +50,8 @@ def logging_to(folder: Path | None) -> Iterator[None]:
         raise
     finally:
         log.removeHandler(handler)
-        handler.close()
+        with suppress(OSError):  # a full disk is told by the checkpoint that could not be written
+            handler.close()
 
 
 class StepProgress:

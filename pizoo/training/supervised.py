@@ -30,6 +30,8 @@ from pizoo.training.report import StepProgress, hardware, log, logging_to, peak_
 from pizoo.training.schedule import schedule_factor
 from pizoo.training.state import optimizer_tensors, restore
 
+REMEDY = "Try a smaller train.lr or train.clip.max_norm, and check the inputs"
+
 
 class TrainingDiverged(RuntimeError):
     """A loss or gradient that is not finite; the message says where, and which checkpoint is the last good one."""
@@ -130,31 +132,29 @@ class _Training:
     def _begin_or_resume(self) -> None:
         if self.folder is None:
             return
+        _check_folder(self.folder, self.recipe)
         if not (self.folder / checkpoint.MANIFEST).exists():
             checkpoint.start_training(self.folder, self.model, self.recipe.config(self.dataset.class_names))
             return
-        found = checkpoint.read_config(self.folder).get("recipe")
-        if found != self.recipe.to_dict():
-            raise checkpoint.CheckpointError(
-                f"{self.folder} holds a training of another recipe ({_difference(found, self.recipe.to_dict())}); "
-                "choose another folder, or remove it"
-            )
         if records := checkpoint.read_manifest(self.folder)["epochs"]:
             restore(self.model, self.optimizer, checkpoint.read_epoch(self.folder))
             self.history = [record["metrics"] for record in records]
             log.info("resuming %s after epoch %d", self.folder, len(self.history))
 
     def run(self, progress: bool) -> TrainResult:
-        settings = self.recipe.train
+        settings, already = self.recipe.train, len(self.history)
         with StepProgress(progress, self.recipe.entry, settings.epochs, self.steps_per_epoch) as bar:
-            for epoch in range(len(self.history), settings.epochs):
+            for epoch in range(already, settings.epochs):
                 self.history.append(self._epoch(epoch, bar))
                 if self.folder is not None:
                     self._save(epoch + 1)
         self.model.eval()
-        results = training_results(self.recipe, self.history, self.device)
-        if self.folder is not None:
-            checkpoint.write_json(self.folder / checkpoint.RESULTS, results)
+        if self.folder is not None and already == settings.epochs and (self.folder / checkpoint.RESULTS).exists():
+            results = checkpoint.read_json(self.folder / checkpoint.RESULTS)  # of the day and machine it was trained on
+        else:
+            results = training_results(self.recipe, self.history, self.device)
+            if self.folder is not None:
+                checkpoint.write_json(self.folder / checkpoint.RESULTS, results)
         return TrainResult(self.model, self.recipe, self.folder, self.history, results)
 
     def _epoch(self, epoch: int, bar: StepProgress) -> dict[str, Any]:
@@ -175,6 +175,10 @@ class _Training:
         }
         if self.dataset.test_x is not None:
             logits = predict(self.model, self.dataset.test_x, self.normalize)
+            if not logits.isfinite().all():
+                raise TrainingDiverged(
+                    f"the net's predictions after epoch {epoch + 1} are not finite; {self._kept(epoch)}. {REMEDY}"
+                )
             record["test_accuracy"] = accuracy(logits, self.dataset.test_y)
         if self.growing:
             record["rows"] = {name: layer.count for name, layer in self.growing.items()}
@@ -195,11 +199,10 @@ class _Training:
             loss = nn.functional.cross_entropy(logits, y)
         self.optimizer.zero_grad()
         loss.backward()
-        norms = clip_grad_norm_(
-            self.model,
-            None if settings.clip.max_norm is None else settings.clip.max_norm * (factor if settings.clip.follows_schedule else 1),
-            settings.clip.per_param,
-        )
+        clip, max_norm = settings.clip, settings.clip.max_norm
+        if max_norm is not None and clip.follows_schedule:
+            max_norm *= factor
+        norms = clip_grad_norm_(self.model, max_norm, clip.per_param)
         norm = torch.stack([n.double() for n in norms.values()]).sum() if isinstance(norms, dict) else norms
         value = loss.item()
         if not (math.isfinite(value) and norm.isfinite()):
@@ -209,11 +212,14 @@ class _Training:
 
     def _diverged(self, step: int, loss: float) -> None:
         epoch = step // self.steps_per_epoch + 1
-        kept = f"the net of epoch {epoch - 1} stands in {self.folder}" if self.folder and epoch > 1 else "no epoch was saved"
         raise TrainingDiverged(
-            f"loss {loss} or its gradient is not finite at step {step} (epoch {epoch}); the step was not taken; {kept}. "
-            "Try a smaller train.lr or train.clip.max_norm, and check the inputs"
+            f"loss {loss} or its gradient is not finite at step {step} (epoch {epoch}); the step was not taken; "
+            f"{self._kept(epoch - 1)}. {REMEDY}"
         )
+
+    def _kept(self, epoch: int) -> str:
+        """Which net is still there when epoch ``epoch`` was the last to end well."""
+        return f"the net of epoch {epoch} stands in {self.folder}" if self.folder and epoch else "no epoch was saved"
 
     def _save(self, epoch: int) -> None:
         record = {"epoch": epoch, "metrics": self.history[-1]}
@@ -223,13 +229,22 @@ class _Training:
 
 
 def _solve(recipe: Recipe, dataset: Dataset, folder: Path | None, device: torch.device) -> TrainResult:
-    """Fit a kernel regressor on all training inputs, in float64."""
+    """Fit a kernel regressor on all training inputs, in float64; if ``folder`` holds it already, load it."""
     begin = time.perf_counter()
     model = recipe.build_model(device)
     if not isinstance(model, KernelRegressor):
-        raise RecipeError(f"{recipe.entry}: a {recipe.model.kind} has no closed solution; its recipe needs a train part")
+        raise RecipeError(
+            f"{recipe.entry}: a {recipe.model.kind} has no closed solution; its recipe needs a train part"
+        )
     normalize = recipe.data.normalize
-    model.fit(normalize(dataset.train_x.to(device), torch.float64), dataset.train_y.to(device))
+    train_x = normalize(dataset.train_x.to(device), torch.float64)
+    if folder is not None:
+        _check_folder(folder, recipe)
+        if (folder / checkpoint.RESULTS).exists():
+            model, _ = checkpoint.load(folder, device=device)
+            results = checkpoint.read_json(folder / checkpoint.RESULTS)
+            return TrainResult(model.attach(train_x), recipe, folder, results["history"], results)
+    model.fit(train_x, dataset.train_y.to(device))
     record: dict[str, Any] = {"epoch": 0, "train_seconds": time.perf_counter() - begin}
     if dataset.test_x is not None:
         record["test_accuracy"] = accuracy(predict(model, dataset.test_x, normalize), dataset.test_y)
@@ -258,6 +273,20 @@ def training_results(recipe: Recipe, history: list[dict[str, Any]], device: torc
         results["accuracy"] = history[-1]["test_accuracy"]
         results["best_epoch"] = {"epoch": best["epoch"], "accuracy": best["test_accuracy"], "note": "test-selected"}
     return results
+
+
+def _check_folder(folder: Path, recipe: Recipe) -> None:
+    """Raise CheckpointError if a folder holds another recipe's training, or a shipped net that training would mix with."""
+    if not (folder / checkpoint.CONFIG).exists():
+        return
+    found = checkpoint.read_config(folder).get("recipe")
+    if found != recipe.to_dict():
+        raise checkpoint.CheckpointError(
+            f"{folder} holds a training of another recipe ({_difference(found, recipe.to_dict())}); "
+            "choose another folder, or remove it"
+        )
+    if recipe.train is not None and (folder / checkpoint.MODEL).exists():
+        raise checkpoint.CheckpointError(f"{folder} holds a shipped net, not a training; choose another folder")
 
 
 def _difference(found: Any, wanted: Any, key: str = "") -> str:
