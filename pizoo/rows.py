@@ -72,8 +72,8 @@ class PendingRows:
         self.A, self.B = torch.cat([self.A, A]), torch.cat([self.B, B])
 
     def norm(self) -> Tensor:
-        """Norm in function space, ``|Δ|² = Σ_ij (a_i . a_j) K(b_i, b_j)`` with K the zero-mean ReLU kernel; 0-d."""
-        return ((self.A @ self.A.T) * relu_kernel(self.B, self.B)).sum().clamp(min=0).sqrt()
+        """:func:`rows_norm` of these rows, 0-d."""
+        return rows_norm(self.A, self.B)
 
     def mul_(self, factor: Tensor | float) -> PendingRows:
         self.A = self.A * factor
@@ -224,6 +224,18 @@ class Rows(nn.Module):
         self._point()
         return scale
 
+    @property
+    def storages(self) -> tuple[Tensor, Tensor, Tensor]:
+        """``A``, ``B`` and stored ``amult`` with the reserved room behind them, for what appends on the device itself."""
+        return self._A.storage, self._B.storage, self._amult.storage
+
+    def grown(self, count: int, decay: float) -> None:
+        """Take note of rows written into :attr:`storages`: ``count`` are in use, under this decay factor."""
+        for part in (self._A, self._B, self._amult):
+            part.count = count
+        self.decay = decay
+        self._point()
+
     def fold_decay(self) -> None:
         """Multiply the decay factor into ``amult`` (after many steps it would otherwise underflow)."""
         self._amult.used.mul_(self.decay)
@@ -287,6 +299,11 @@ class Rows(nn.Module):
         amult = state.pop("_amult")
         super().__setstate__(state)
         self.set_rows(self.A.data, self.B.data, amult, self.decay)
+
+
+def rows_norm(A: Tensor, B: Tensor) -> Tensor:
+    """Norm of rows in function space, ``|Δ|² = Σ_ij (a_i . a_j) K(b_i, b_j)`` with K the zero-mean ReLU kernel; 0-d."""
+    return ((A @ A.T) * relu_kernel(B, B)).sum().clamp(min=0).sqrt()
 
 
 def row_scale(A: Tensor) -> Tensor:

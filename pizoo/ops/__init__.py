@@ -24,7 +24,7 @@ IMPLEMENTATIONS = ("reference", "blocked", "triton")
 
 # A plain global, not a context variable: autograd calls backward passes from threads of its own.
 _forced: str | None = os.environ.get("PIZOO_OPS") or None
-_triton_failed = False
+_failed = False
 
 
 def growing_forward(gbar: Tensor, A: Tensor, B: Tensor, amult: Tensor, count: Tensor | None = None) -> Tensor:
@@ -69,18 +69,14 @@ def use(implementation: str | None) -> Iterator[None]:
 def _run(op: str, gbar: Tensor, A: Tensor, B: Tensor, amult: Tensor, *delta: Tensor, count: Tensor | None):
     _check_rows(gbar, A, B, amult)
     forced = _check_name(_forced)
-    if forced:
-        return getattr(_module(forced), op)(gbar, A, B, amult, *delta, count=count)
-    if A.is_cuda and not _triton_failed and _triton_available(A.device):
-        fused = _module("triton")
-        if fused.supports(op, gbar, A):
-            try:
-                return getattr(fused, op)(gbar, A, B, amult, *delta, count=count)
-            except (torch.OutOfMemoryError, torch.AcceleratorError):
-                raise
-            except Exception as error:
-                _warn_once(f"{type(error).__name__}: {error}")
-    return getattr(_module("blocked"), op)(gbar, A, B, amult, *delta, count=count)
+    if forced is None and A.is_cuda and not _failed and _fused(A.device) and _module("triton").supports(op, gbar, A):
+        try:
+            return getattr(_module("triton"), op)(gbar, A, B, amult, *delta, count=count)
+        except (torch.OutOfMemoryError, torch.AcceleratorError):
+            raise
+        except Exception as error:  # whatever keeps a kernel from being compiled: no compiler, too small a GPU
+            _fall_back(f"{type(error).__name__}: {error}")
+    return getattr(_module(forced or "blocked"), op)(gbar, A, B, amult, *delta, count=count)
 
 
 @cache
@@ -89,21 +85,23 @@ def _module(name: str) -> ModuleType:
 
 
 @cache
-def _triton_available(device: torch.device) -> bool:
+def _fused(device: torch.device) -> bool:
+    """Whether fused kernels run on a CUDA device."""
     try:
         reason = _module("triton").unavailable(device)
     except ImportError as error:
         reason = str(error)
     if reason:
-        _warn_once(reason)
+        _fall_back(reason)
     return not reason
 
 
-def _warn_once(reason: str) -> None:
-    global _triton_failed
-    if not _triton_failed:
-        warnings.warn(f"fused kernels are off, plain torch runs instead: {reason}", RuntimeWarning, stacklevel=5)
-    _triton_failed = True
+def _fall_back(reason: str) -> None:
+    """Turn the fused kernels off for this process, with a warning the first time."""
+    global _failed
+    if not _failed:
+        warnings.warn(f"no fused kernels, plain torch runs instead: {reason}", RuntimeWarning, stacklevel=5)
+    _failed = True
 
 
 def _check_name(implementation: str | None) -> str | None:

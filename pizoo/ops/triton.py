@@ -6,8 +6,8 @@ A fixed grid of programs walks over blocks of rows; each keeps its share of the 
 once, and a second kernel adds the shares in the order of the programs. No atomics: two runs give the same bits. The
 number of rows in use is read on the device, so that one captured launch serves a layer while it grows.
 
-Columns are cut into pieces whose widths are powers of two (400 = 256 + 128 + 16). Every product with a tile of rows has the
-tile as it lies in memory on its larger side, so that one asynchronously loaded copy serves both products with it.
+Columns are cut into pieces whose widths are powers of two (400 = 256 + 128 + 16). Samples stand first and rows or columns
+second in every product: then one copy of a tile of rows, loaded asynchronously, serves both products with it.
 
 Coefficients are rounded to the dtype of the rows before a product with them. They are scaled by powers of two, exactly, so
 that neither tiny multipliers nor tiny rows underflow in half precision.
@@ -15,7 +15,7 @@ that neither tiny multipliers nor tiny rows underflow in half precision.
 
 from __future__ import annotations
 
-from functools import cache
+import functools
 from typing import NamedTuple
 
 import torch
@@ -122,10 +122,10 @@ def _load_multipliers(amult, block, count, ROWS: tl.constexpr):
 
 @triton.jit
 def _load_inputs(pointer, sample, b, r: tl.constexpr, STARTS: tl.constexpr, WIDTHS: tl.constexpr):
-    """Inputs, or gradients at outputs, transposed: pieces [width, samples] in float32."""
+    """Inputs, or gradients at outputs: pieces [samples, width] in float32."""
     pieces = ()
     for k in tl.static_range(len(WIDTHS)):
-        pieces += (_load(pointer, sample[None, :], _columns(STARTS[k], WIDTHS[k])[:, None], r, b, r),)
+        pieces += (_load(pointer, sample[:, None], _columns(STARTS[k], WIDTHS[k])[None, :], r, b, r),)
     return pieces
 
 
@@ -139,19 +139,12 @@ def _multiply(pieces, factor, dtype: tl.constexpr):
 
 
 @triton.jit
-def _contract(tiles, inputs, PRECISION: tl.constexpr):
-    """``inputs^T tiles^T`` over all columns: pieces [columns, samples], [rows, columns] -> [samples, rows]."""
-    if inputs[0].shape[1] < 64:
-        # The rows take the larger side of the tensor cores' product, the few samples the smaller.
-        total = tl.dot(tiles[0], inputs[0], input_precision=PRECISION)
-        for k in tl.static_range(1, len(tiles)):
-            total = tl.dot(tiles[k], inputs[k], total, input_precision=PRECISION)
-        return total.T
-    else:
-        total = tl.dot(inputs[0].T, tiles[0].T, input_precision=PRECISION)
-        for k in tl.static_range(1, len(tiles)):
-            total = tl.dot(inputs[k].T, tiles[k].T, total, input_precision=PRECISION)
-        return total
+def _contract(inputs, tiles, PRECISION: tl.constexpr):
+    """``inputs tiles^T`` over all columns: pieces [samples, columns], [rows, columns] -> [samples, rows]."""
+    total = tl.dot(inputs[0], tiles[0].T, input_precision=PRECISION)
+    for k in tl.static_range(1, len(tiles)):
+        total = tl.dot(inputs[k], tiles[k].T, total, input_precision=PRECISION)
+    return total
 
 
 @triton.jit
@@ -173,7 +166,7 @@ def _store(
         tl.store(pointer + row[:, None] * stride + column, sums[k] * unit, mask=(row[:, None] < rows) & (column < r))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "b"])
 def _forward_kernel(
     gbar,
     A,
@@ -210,7 +203,7 @@ def _forward_kernel(
             B_tiles = _load_rows(B, block, count, r, stride_B, ROWS, B_STARTS, B_WIDTHS)
             A_tiles = _load_rows(A, block, count, r_out, stride_A, ROWS, A_STARTS, A_WIDTHS)
             next_multipliers = _load_multipliers(amult, block + programs, count, ROWS)
-            F00, _, _ = _arc_cosine_kernels(_contract(B_tiles, inputs, PRECISION))
+            F00, _, _ = _arc_cosine_kernels(_contract(inputs, B_tiles, PRECISION))
             unit, inverse, top, factor = _rescale(unit, top, tl.max(tl.abs(multipliers)))
             coefficients = (F00 * (multipliers * inverse)[None, :]).to(dtype)
             sums = _accumulate(sums, factor, coefficients, A_tiles, PRECISION)
@@ -219,7 +212,7 @@ def _forward_kernel(
         _store(partial, sample, b, r_out, r_out, sums, unit, A_STARTS, A_WIDTHS)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "b"])
 def _backward_kernel(
     gbar,
     A,
@@ -252,11 +245,11 @@ def _backward_kernel(
         dtype: tl.constexpr = A.dtype.element_ty
         inputs = _multiply(_load_inputs(gbar, sample, b, r, B_STARTS, B_WIDTHS), 1.0, dtype)
         deltas = _load_inputs(delta, sample, b, r_out, A_STARTS, A_WIDTHS)
-        largest = tl.max(tl.abs(deltas[0]), 0)
+        largest = tl.max(tl.abs(deltas[0]), 1)
         for k in tl.static_range(1, len(A_WIDTHS)):
-            largest = tl.maximum(largest, tl.max(tl.abs(deltas[k]), 0))
+            largest = tl.maximum(largest, tl.max(tl.abs(deltas[k]), 1))
         delta_unit, inverse = _power_of_two(largest)
-        deltas = _multiply(deltas, inverse[None, :], dtype)
+        deltas = _multiply(deltas, inverse[:, None], dtype)
         sums, unit, top = _zeros(BATCH, B_WIDTHS), tl.full((BATCH,), 1, tl.float32), tl.zeros((BATCH,), tl.float32)
         along = tl.zeros((BATCH, ROWS), tl.float32)
         multipliers = _load_multipliers(amult, program, count, ROWS)
@@ -264,8 +257,8 @@ def _backward_kernel(
             B_tiles = _load_rows(B, block, count, r, stride_B, ROWS, B_STARTS, B_WIDTHS)
             A_tiles = _load_rows(A, block, count, r_out, stride_A, ROWS, A_STARTS, A_WIDTHS)
             next_multipliers = _load_multipliers(amult, block + programs, count, ROWS)
-            _, F11, F02 = _arc_cosine_kernels(_contract(B_tiles, inputs, PRECISION))
-            dgamma = _contract(A_tiles, deltas, PRECISION) * multipliers[None, :]
+            _, F11, F02 = _arc_cosine_kernels(_contract(inputs, B_tiles, PRECISION))
+            dgamma = _contract(deltas, A_tiles, PRECISION) * multipliers[None, :]
             along += dgamma * F02
             coefficients = dgamma * F11
             unit, inverse, top, factor = _rescale(unit, top, tl.max(tl.abs(coefficients), 1))
@@ -277,7 +270,7 @@ def _backward_kernel(
         tl.store(partial + sample * (r + 1) + r, tl.sum(along, 1) * delta_unit, mask=sample < b)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "b"])
 def _jacobian_kernel(
     gbar,
     A,
@@ -321,7 +314,7 @@ def _jacobian_kernel(
             A_tiles = _load_rows(A, block, count, r_out, stride_A, ROWS, A_STARTS, A_WIDTHS)
             (A_tile,) = _load_rows(A, block, count, r_out, stride_A, ROWS, (0,), (16,))
             next_multipliers = _load_multipliers(amult, block + programs, count, ROWS)
-            F00, F11, F02 = _arc_cosine_kernels(_contract(B_tiles, inputs, PRECISION))
+            F00, F11, F02 = _arc_cosine_kernels(_contract(inputs, B_tiles, PRECISION))
             weights = A_tile.to(tl.float32) * multipliers[:, None]
             unit, inverse, top, factor = _rescale(unit, top, tl.max(tl.abs(weights)))
             both = tl.join(F00, F02).permute(0, 2, 1).reshape(2 * BATCH, ROWS).to(dtype)
@@ -345,7 +338,7 @@ def _jacobian_kernel(
         tl.store(pointer, sums * unit, mask=(first + n // 2 < b) & (output < r_out)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "programs", "length"])
 def _reduce_kernel(
     partial,
     gbar,
@@ -381,68 +374,129 @@ def _reduce_kernel(
 
 
 class Launch(NamedTuple):
+    """How an op is cut: rows a block, samples a tile, warps a program, stages of its loads, narrowest piece."""
+
     rows: int
     batch: int
     warps: int
     stages: int
-    smallest: int
-
-
-def pieces(n: int, smallest: int, largest: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Cut n columns into pieces that cover them: their first columns and their widths, powers of two."""
-    starts, widths, left = [], [], -(-n // smallest) * smallest
-    while left:
-        starts.append(sum(widths))
-        widths.append(min(largest, 1 << (left.bit_length() - 1)))
-        left -= widths[-1]
-    return tuple(starts), tuple(widths)
+    narrowest: int = 16
 
 
 def growing_forward(gbar: Tensor, A: Tensor, B: Tensor, amult: Tensor, count: Tensor | None = None) -> Tensor:
-    return _run(_forward_kernel, gbar, A, B, amult, (), count)
+    """``F00(q) (amult A)``, [b, r_out] float32; see :func:`pizoo.ops.reference.growing_forward`."""
+    return _run(_forward_kernel, gbar, A, B, amult, count)
 
 
 def growing_backward(
     gbar: Tensor, A: Tensor, B: Tensor, amult: Tensor, delta: Tensor, count: Tensor | None = None
 ) -> Tensor:
-    return _run(_backward_kernel, gbar, A, B, amult, (delta.to(torch.float32).contiguous(),), count)
+    """The gradient with respect to g, [b, r] float32; see :func:`pizoo.ops.reference.growing_backward`."""
+    return _run(_backward_kernel, gbar, A, B, amult, count, delta.to(torch.float32).contiguous())
 
 
 def growing_forward_jacobian(
     gbar: Tensor, A: Tensor, B: Tensor, amult: Tensor, count: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
+    """Output and Jacobian in one pass, float32; see :func:`pizoo.ops.reference.growing_forward_jacobian`."""
     (b, r), r_out = gbar.shape, A.shape[1]
-    both = _run(_jacobian_kernel, gbar, A, B, amult, (), count).view(b, r_out, r + 1)
+    both = _run(_jacobian_kernel, gbar, A, B, amult, count).view(b, r_out, r + 1)
     return both[:, :, r], both[:, :, :r]
 
 
-def _run(kernel, gbar, A, B, amult, delta, count, launch=None, per_sm=None) -> Tensor:
+def unavailable(device: torch.device) -> str | None:
+    """Why the kernels cannot run on a device; ``None`` where they can."""
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return f"{device} is not an NVIDIA GPU in reach"
+    if torch.cuda.get_device_capability(device) < (8, 0):
+        return f"{torch.cuda.get_device_name(device)} is older than compute capability 8.0"
+    return None
+
+
+def supports(op: str, gbar: Tensor, A: Tensor) -> bool:
+    """Whether the kernels cover these dtypes and shapes; sums of wider layers would not fit registers."""
+    r, r_out = gbar.shape[1], A.shape[1]
+    fits = (r <= 512 and r_out <= 16) if op == "growing_forward_jacobian" else (r <= 1024 and r_out <= 1024)
+    return fits and len(gbar) > 0 and A.dtype in (torch.float16, torch.bfloat16, torch.float32)
+
+
+def _run(kernel, gbar: Tensor, A: Tensor, B: Tensor, amult: Tensor, count: Tensor | None, *delta: Tensor) -> Tensor:
+    """Launch ``kernel`` and add up its partial sums: [b, r_out], [b, r] or [b r_out, r + 1]."""
     (b, r), (M, r_out) = gbar.shape, A.shape
-    jacobian = kernel is _jacobian_kernel
-    length, columns, along = {
-        _forward_kernel: (b, r_out, False), _backward_kernel: (b, r, True), _jacobian_kernel: (b * r_out, r + 1, True)
-    }[kernel]
-    launch = launch or Launch(32, 8, 2, 3, 64 if jacobian else 16)
-    gbar = gbar.to(torch.float32).contiguous()
-    A, B = (part if part.stride(1) == 1 else part.contiguous() for part in (A, B))
+    gbar, amult = gbar.to(torch.float32).contiguous(), amult.to(torch.float32).contiguous()
+    A, B = (rows if rows.stride(1) == 1 else rows.contiguous() for rows in (A, B))
+    launch = _choose_launch(kernel, b, r, r_out, A.element_size(), A.device)
+    B_pieces, A_pieces = (_pieces(n, launch.narrowest, 256) for n in (r, r_out))
+    length, columns, along, group = b, r, True, 1
+    if kernel is _forward_kernel:
+        columns, along = r_out, False
+    elif kernel is _jacobian_kernel:
+        length, columns, group, A_pieces = b * r_out, r + 1, r_out, _pieces(r_out, 1, 2)
+    strides, cut = (A.stride(0), B.stride(0)), (launch.rows, launch.batch, launch.stages)
+    constants = (r, r_out, *strides, *B_pieces, *A_pieces, *cut, "tf32x3" if A.dtype == torch.float32 else "ieee")
+
     tiles = triton.cdiv(b, launch.batch)
-    B_starts, B_widths = pieces(r, launch.smallest, 256)
-    A_starts, A_widths = pieces(r_out, 1, 4) if jacobian else pieces(r_out, launch.smallest, 256)
-    programs = max(1, multiprocessors(A.device) * (per_sm or 1) // tiles)
-    partial = gbar.new_empty(programs, length, columns + along)
-    out = gbar.new_empty(length, columns)
-    kernel[(tiles, programs)](
-        gbar, A, B, amult.contiguous(), *delta, count, partial, M, b, r, r_out, A.stride(0), B.stride(0),
-        B_starts, B_widths, A_starts, A_widths, launch.rows, launch.batch, launch.stages,
-        "tf32x3" if A.dtype == torch.float32 else "ieee", num_warps=launch.warps,
-    )
+    start = functools.partial(kernel.warmup, gbar, A, B, amult, *delta, count, gbar, M, b, *constants, grid=(1,))
+    programs = max(1, _resident(start, launch.warps, (kernel, A.dtype, count is None, constants), A.device) // tiles)
+    partial, out = gbar.new_empty(programs, length, columns + along), gbar.new_empty(length, columns)
+    kernel[(tiles, programs)](gbar, A, B, amult, *delta, count, partial, M, b, *constants, num_warps=launch.warps)
     width = 32
     _reduce_kernel[(length, triton.cdiv(columns, width))](
-        partial, gbar, out, count, M, programs, length, columns, r, r_out if jacobian else 1, along,
-        launch.rows, triton.next_power_of_2(programs), width, num_warps=8,
+        *(partial, gbar, out, count, M, programs, length),
+        *(columns, r, group, along, launch.rows, triton.next_power_of_2(programs), width),
+        num_warps=8,
     )
     return out
 
 
-def multiprocessors(device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 3
+def _choose_launch(kernel, b: int, r: int, r_out: int, itemsize: int, device: torch.device) -> Launch:
+    """The first that fits shared memory of the launches that were fastest at r = 400 on an H200."""
+    if kernel is _jacobian_kernel:
+        launches = [Launch(rows, 8, 8, 3, narrowest=32) for rows in (64, 32, 16)]
+    else:
+        # Two warps, where they can hold the sums of a wide layer, leave room for a second program's tiles.
+        warps = 2 if kernel is _backward_kernel and r_out > 16 and r <= 448 and itemsize == 2 else 4
+        launches = [Launch(32, 8, warps, 3), Launch(32, 8, warps, 2), Launch(16, 8, 4, 3), Launch(16, 8, 4, 2)]
+        if b > 32 and itemsize == 2 and r <= 512 and r_out <= 512:
+            wide = [Launch(32, 128, 8, 2)] if b > 64 and kernel is _forward_kernel else []
+            launches = [*wide, Launch(32, 64, 8, 3), Launch(32, 64, 8, 2), *launches]
+    available = _properties(device).shared_memory_per_block_optin if device.type == "cuda" else 1 << 17
+    for launch in launches:
+        buffers = launch.stages - (launch.batch < 64)
+        inputs = r + r_out if kernel is _backward_kernel else r
+        used = itemsize * (launch.batch * inputs + buffers * launch.rows * (r + r_out))
+        # Programs of few samples wait more than they compute: two of them must fit.
+        if used <= (available if launch.batch >= 64 or kernel is _jacobian_kernel else available // 2 - 1024):
+            break
+    return launch
+
+
+def _pieces(n: int, narrowest: int, widest: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Cut n columns into pieces that cover them: their first columns and their widths, powers of two."""
+    starts, widths, left = [], [], -(-n // narrowest) * narrowest
+    while left:
+        starts.append(sum(widths))
+        widths.append(min(widest, 1 << (left.bit_length() - 1)))
+        left -= widths[-1]
+    return tuple(starts), tuple(widths)
+
+
+_properties = functools.cache(torch.cuda.get_device_properties)
+_residents: dict[tuple, int] = {}
+
+
+def _resident(compile, warps: int, key: tuple, device: torch.device) -> int:
+    """How many programs of a kernel the device holds at once, by its registers and shared memory."""
+    if device.type != "cuda":
+        return 2  # the interpreter: enough to see that programs share the work
+    key = (device, *key)
+    if key not in _residents:
+        properties, compiled = _properties(device), compile(num_warps=warps)
+        _ = compiled.run  # loads the kernel, which tells its registers
+        registers = triton.cdiv(compiled.n_regs, 8) * 8 * 32 * warps
+        shared = compiled.metadata.shared + 1024
+        per_multiprocessor = min(
+            properties.regs_per_multiprocessor // registers, properties.shared_memory_per_multiprocessor // shared
+        )
+        _residents[key] = properties.multi_processor_count * max(1, per_multiprocessor)
+    return _residents[key]

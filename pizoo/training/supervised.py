@@ -191,7 +191,7 @@ class _Training:
         for group in self.optimizer.param_groups:
             group["lr"] = settings.lr * factor
         dtype = next(self.model.parameters()).dtype
-        logits = self.model(self.normalize(x, dtype)).float()
+        logits = self.model(self.normalize(x, dtype)).to(torch.promote_types(dtype, torch.float32))
         if settings.loss == "mse":
             target = nn.functional.one_hot(y, logits.shape[1]).to(logits.dtype)
             loss = nn.functional.mse_loss(logits, target)

@@ -1,0 +1,43 @@
+"""The ops as torch operators, which ``torch.compile`` leaves whole inside what it fuses around them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pizoo import ops
+from pizoo.ops.reference import accumulate_dtype
+
+
+@torch.library.custom_op("pizoo::growing_forward", mutates_args=())
+def growing_forward(gbar: Tensor, A: Tensor, B: Tensor, amult: Tensor, count: Tensor) -> Tensor:
+    return ops.growing_forward(gbar, A, B, amult, count)
+
+
+@growing_forward.register_fake
+def _(gbar, A, B, amult, count):
+    return gbar.new_empty(len(gbar), A.shape[1], dtype=accumulate_dtype(A.dtype))
+
+
+@torch.library.custom_op("pizoo::growing_backward", mutates_args=())
+def growing_backward(gbar: Tensor, A: Tensor, B: Tensor, amult: Tensor, delta: Tensor, count: Tensor) -> Tensor:
+    return ops.growing_backward(gbar, A, B, amult, delta, count)
+
+
+@growing_backward.register_fake
+def _(gbar, A, B, amult, delta, count):
+    return gbar.new_empty(len(gbar), B.shape[1], dtype=accumulate_dtype(A.dtype))
+
+
+@torch.library.custom_op("pizoo::growing_forward_jacobian", mutates_args=())
+def growing_forward_jacobian(
+    gbar: Tensor, A: Tensor, B: Tensor, amult: Tensor, count: Tensor
+) -> tuple[Tensor, Tensor]:
+    out, jacobian = ops.growing_forward_jacobian(gbar, A, B, amult, count)
+    return out.contiguous(), jacobian.contiguous()
+
+
+@growing_forward_jacobian.register_fake
+def _(gbar, A, B, amult, count):
+    dtype, (b, r_out, r) = accumulate_dtype(A.dtype), (len(gbar), A.shape[1], B.shape[1])
+    return gbar.new_empty(b, r_out, dtype=dtype), gbar.new_empty(b, r_out, r, dtype=dtype)

@@ -1,0 +1,325 @@
+"""The training step without autograd, on data that stays on the device; on a GPU compiled, and replayed as a CUDA graph.
+
+This is the plain loop of :mod:`pizoo.training.supervised`, written out: the same trajectory within rounding. What the plain
+loop keeps in Python (learning rate, row counts, decay factors, where in the epoch it is) lies in device memory here, so that
+nothing in an epoch waits for the host. A step whose loss or gradient is not finite changes nothing, nor does any step after
+it; the host learns of it at the end of the epoch.
+
+The gradient of a weight over a batch is ``deltaᵀ inputs``, of rank b. It is never formed: its norm is
+``<delta deltaᵀ, inputs inputsᵀ>``, and the update is one matrix product into the weight.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from pizoo.functional import unit
+from pizoo.models import InfPiMLP, PiNet
+from pizoo.nn import InfPiLinear
+from pizoo.ops import library as ops
+from pizoo.optim import FOLD_DECAY_BELOW, PiSGD
+from pizoo.recipes import Train
+from pizoo.rows import row_scale, rows_norm
+
+WARM_UP_STEPS = 3
+SMALLEST_DECAY = 1e-25  # within an epoch: beyond it amult / decay would leave float32
+JACOBIAN_OUTPUTS = 16  # a read-out this narrow gets its Jacobian in the forward pass, and no backward pass over its rows
+
+
+class GrowingState:
+    """A growing layer as the engine sees it: whole storages, and on the device what the layer keeps in Python."""
+
+    def __init__(self, layer: InfPiLinear):
+        self.layer = layer
+        self.A, self.B, self.amult = layer.storages
+        self.outputs = self.A.shape[1]
+        device = self.A.device
+        self.count = torch.tensor([layer.count], device=device)
+        self.decay = torch.tensor(layer.decay, dtype=torch.float64, device=device)
+
+    def append(self, A: Tensor, B: Tensor, amult: Tensor, finite: Tensor) -> None:
+        """Write rows behind those in use, and count them if the step was finite."""
+        rows = self.count + torch.arange(len(A), device=A.device)
+        self.A.index_copy_(0, rows, A)
+        self.B.index_copy_(0, rows, B)
+        self.amult.index_copy_(0, rows, amult)
+        self.count.add_(finite * len(A))
+
+    def sync(self) -> None:
+        """Tell the layer how far it has grown."""
+        self.layer.grown(self.count.item(), self.decay.item())
+        if self.layer.decay < FOLD_DECAY_BELOW:
+            self.layer.fold_decay()
+            self.decay.fill_(1)
+
+
+@dataclass
+class Gradient:
+    """The gradient of a weight over a batch, ``deltaᵀ inputs``, as its factors, and of the bias beside it.
+
+    Attributes:
+        role: "input", "hidden" or "readout".
+        inputs: what entered the layer [b, n_in]; for a growing layer its unit inputs.
+        delta: gradient at the layer's output before alpha and bias [b, n_out]; for a growing layer times s: its new rows.
+        grows: whether the norm is that of rows.
+        bias: gradient of the bias [n_out], None without one.
+    """
+
+    role: str
+    inputs: Tensor
+    delta: Tensor
+    grows: bool
+    bias: Tensor | None
+
+    def norms(self) -> list[Tensor]:
+        """Of the weight and, if there is one, the bias, 0-d each, as :func:`pizoo.optim.grad_norm`."""
+        if self.grows:
+            weight = rows_norm(self.delta, self.inputs)
+        else:
+            inputs, delta = (t.to(torch.promote_types(t.dtype, torch.float32)) for t in (self.inputs, self.delta))
+            weight = ((inputs @ inputs.T) * (delta @ delta.T)).sum().clamp(min=0).sqrt()
+        return [weight] if self.bias is None else [weight, torch.linalg.vector_norm(self.bias, dtype=weight.dtype)]
+
+
+class Engine:
+    """Epochs of training on one device.
+
+    Args:
+        model: the net, trained in place. Growing layers must have room reserved for every row to come.
+        optimizer: its groups hold multipliers and weight decay.
+        settings: the recipe's ``train`` part.
+        x: all training inputs, normalised, in the dtype of the net's inputs [n, ...]; stays on the device.
+        y: labels int64 [n].
+        lr_factors: what the learning rate is multiplied by at each step of the whole training, [steps].
+
+    Raises:
+        ValueError: a net or settings the engine cannot train (:func:`unsupported`).
+    """
+
+    def __init__(self, model: PiNet, optimizer: PiSGD, settings: Train, x: Tensor, y: Tensor, lr_factors: Tensor):
+        if reason := unsupported(settings, math.ceil(len(x) / settings.batch_size)):
+            raise ValueError(f"the engine cannot train this: {reason}")
+        self.model, self.settings = model, settings
+        self.groups = {group["role"]: group for group in optimizer.param_groups}
+        device = x.device
+        self.x, self.y = x.flatten(1), y
+        self.lr_factors = lr_factors.to(device, torch.float64)
+        self.order = torch.arange(len(x), device=device)
+        exact = torch.promote_types(x.dtype, torch.float32)
+        self.losses = torch.zeros(math.ceil(len(x) / settings.batch_size), dtype=exact, device=device)
+        self.position = torch.zeros(1, dtype=torch.int64, device=device)  # in the epoch, in samples
+        self.step = torch.zeros(1, dtype=torch.int64, device=device)  # of the whole training
+        self.finite = torch.ones((), dtype=torch.bool, device=device)
+        self.growing = [GrowingState(m) for m in model.modules() if isinstance(m, InfPiLinear)]
+        on_gpu = device.type == "cuda"
+        self._compute = torch.compile(self._compute_step, fullgraph=True, dynamic=False) if on_gpu else self._compute_step
+        self._steps: dict[int, Callable[[], None]] = {}
+
+    # ------------------------------------------------------------------ epochs
+
+    @torch.no_grad()
+    def run_epoch(self, order: Tensor, first_step: int) -> list[float]:
+        """Train on all samples in ``order`` int64 [n], beginning with step ``first_step`` of the whole training.
+
+        Returns:
+            the loss of every step. From the first that is not finite on, nothing was changed.
+        """
+        size, n = self.settings.batch_size, len(order)
+        full, rest = self._step_of(min(size, n)), self._step_of(n % size) if n > size and n % size else None
+        self.order.copy_(order)
+        self.position.zero_()
+        self.step.fill_(first_step)
+        for _ in range(max(1, n // size)):
+            full()
+        if rest is not None:
+            rest()
+        for state in self.growing:
+            state.sync()
+        return self.losses.tolist()
+
+    def _step_of(self, size: int) -> Callable[[], None]:
+        """A step with batches of ``size``: on a GPU the replay of its graph, captured when first asked for."""
+        if size not in self._steps:
+            self._steps[size] = self._capture(size) if self.x.is_cuda else lambda: self._take_step(size)
+        return self._steps[size]
+
+    def _capture(self, size: int) -> Callable[[], None]:
+        # Steps taken to compile, tune and warm up must leave no trace. Rows beyond the count are none.
+        state = list(self._mutable())
+        before = [tensor.clone() for tensor in state]
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(WARM_UP_STEPS):
+                self._take_step(size)
+                for tensor, value in zip(state, before, strict=True):
+                    tensor.copy_(value)
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            self._take_step(size)
+        return graph.replay
+
+    def _mutable(self) -> Iterator[Tensor]:
+        """Everything a step changes, but rows."""
+        yield from (self.position, self.step, self.finite, self.losses)
+        for state in self.growing:
+            yield from (state.count, state.decay)
+        rows = {id(p) for state in self.growing for p in (state.layer.A, state.layer.B)}
+        yield from (p.data for p in self.model.parameters() if id(p) not in rows)
+
+    # ------------------------------------------------------------------ one step
+
+    def _take_step(self, size: int) -> None:
+        new_rows = self._compute(size)
+        for state, rows in zip(self.growing, new_rows, strict=True):
+            state.append(*rows, self.finite)
+
+    def _compute_step(self, size: int) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """All of a step but appending; returns the rows to append, one (A, B, amult) a growing layer."""
+        batch = self.order[self.position + torch.arange(size, device=self.order.device)]
+        x, y = self.x[batch], self.y[batch]
+        lr_factor = self.lr_factors[self.step].squeeze(0)
+        loss, gradients = (self._infinite_net if self.growing else self._finite_net)(x, y)
+        factors, norms = self._clip(gradients, lr_factor)
+        self.finite.logical_and_(torch.stack([loss, *norms]).isfinite().all())
+        lr = self.settings.lr * lr_factor
+        new_rows = self._update(gradients, factors, lr)
+        self.losses.index_copy_(0, self.position // self.settings.batch_size, loss[None])
+        self.position.add_(size)
+        self.step.add_(1)
+        return new_rows
+
+    def _loss(self, logits: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """Loss (0-d) and its gradient at the logits [b, classes], in at least float32."""
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        target = nn.functional.one_hot(y, logits.shape[1]).to(logits.dtype)
+        if self.settings.loss == "mse":
+            return nn.functional.mse_loss(logits, target), 2 * (logits - target) / logits.numel()
+        log_p = logits.log_softmax(1)
+        return -(log_p * target).sum(1).mean(), (log_p.exp() - target) / len(y)
+
+    def _infinite_net(self, x: Tensor, y: Tensor) -> tuple[Tensor, list[Gradient]]:
+        net: InfPiMLP = self.model
+        g = net.input.alpha * _biased(x @ net.input.A, net.input)
+        entered = []
+        for state in self.growing:
+            layer, (gbar, s) = state.layer, unit(g)
+            scale = state.decay if layer.layernorm else s * state.decay
+            rows = (gbar, state.A, state.B, state.amult)
+            if state is self.growing[-1] and state.outputs <= JACOBIAN_OUTPUTS:
+                out, jacobian = ops.growing_forward_jacobian(*rows, state.count)
+            else:
+                out, jacobian = ops.growing_forward(*rows, state.count), None
+            entered.append((gbar, s, jacobian))
+            g = layer.alpha * _biased((out * scale).to(g.dtype), layer)
+        loss, dg = self._loss(g, y)
+        gradients = []
+        for state, (gbar, s, jacobian) in zip(reversed(self.growing), reversed(entered), strict=True):
+            layer, delta = state.layer, (state.layer.alpha * dg).to(gbar.dtype)
+            new_rows = delta if layer.layernorm else delta * s
+            gradients.append(Gradient(layer.role, gbar, new_rows, True, _bias_gradient(layer, delta)))
+            delta = delta * state.decay
+            if jacobian is None:
+                dg = ops.growing_backward(gbar, state.A, state.B, state.amult, delta, state.count)
+            else:
+                dg = (delta[:, :, None] * jacobian).sum(1)
+            if layer.layernorm:
+                dg = dg - (dg * gbar).sum(1, keepdim=True) * gbar
+                dg = dg / torch.where(s > 0, s, torch.ones_like(s))
+        delta = net.input.alpha * dg.to(x.dtype)
+        gradients.append(Gradient("input", x, delta, False, _bias_gradient(net.input, delta)))
+        return loss, gradients[::-1]
+
+    def _finite_net(self, x: Tensor, y: Tensor) -> tuple[Tensor, list[Gradient]]:
+        layers, entered, h = self.model.layers, [], x
+        for layer in layers:
+            entered.append(h)
+            h = layer.alpha * _biased(h @ layer.weight.T, layer)
+            if layer is not layers[-1]:
+                h = torch.relu(h)
+        loss, delta = self._loss(h, y)
+        gradients = []
+        for l in reversed(range(len(layers))):
+            layer = layers[l]
+            delta = (layer.alpha * delta).to(x.dtype)
+            basis = self.model.basis(l) if l < len(layers) - 1 else None
+            projected = delta if basis is None else (delta @ basis) @ basis.T
+            gradients.append(Gradient(layer.role, entered[l], projected, False, _bias_gradient(layer, projected)))
+            if l:
+                delta = (delta @ layer.weight) * (entered[l] > 0)
+        return loss, gradients[::-1]
+
+    def _clip(self, gradients: list[Gradient], lr_factor: Tensor) -> tuple[list[list[Tensor]], list[Tensor]]:
+        """What each gradient (weight, bias) is multiplied by, and all norms, flat."""
+        norms = [gradient.norms() for gradient in gradients]
+        flat = [norm for pair in norms for norm in pair]
+        clip = self.settings.clip
+        if clip.max_norm is None:
+            return [[torch.ones_like(norm) for norm in pair] for pair in norms], flat
+        max_norm = clip.max_norm * (lr_factor if clip.follows_schedule else 1)
+        if clip.per_param:
+            return [[(max_norm / norm).clamp(max=1) for norm in pair] for pair in norms], flat
+        factor = (max_norm / torch.linalg.vector_norm(torch.stack(flat))).clamp(max=1)
+        return [[factor for _ in pair] for pair in norms], flat
+
+    def _update(
+        self, gradients: list[Gradient], factors: list[list[Tensor]], lr: Tensor
+    ) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """Move weights and biases, decay growing layers, and make the rows to append."""
+        new_rows = []
+        growing = iter(self.growing)
+        modules = [self.model.input, *(s.layer for s in self.growing)] if self.growing else list(self.model.layers)
+        for module, gradient, (factor, *bias_factor) in zip(modules, gradients, factors, strict=True):
+            group = self.groups[gradient.role]
+            step, kept = lr * group["lr_mult"], 1 - lr * group["weight_decay"] * group["weight_decay_mult"]
+            if gradient.grows:
+                state = next(growing)
+                state.decay.mul_(torch.where(self.finite, kept, 1.0))
+                A = gradient.delta * factor
+                scale = row_scale(A) if state.A.dtype.itemsize < 4 else torch.ones_like(A[:, 0])
+                amult = scale * (-step / state.decay)
+                new_rows.append(
+                    ((A / scale[:, None]).to(state.A.dtype), gradient.inputs.to(state.B.dtype), amult.to(state.amult.dtype))
+                )
+            else:
+                scaled = gradient.delta * (step * factor)
+                if self.growing:
+                    weight, change = module.A, gradient.inputs.T @ scaled
+                else:
+                    weight, change = module.weight, scaled.T @ gradient.inputs
+                self._move(weight, kept, change)
+            if bias_factor:
+                group = self.groups["bias"]
+                kept = 1 - lr * group["weight_decay"] * group["weight_decay_mult"]
+                self._move(module.bias, kept, gradient.bias * (lr * group["lr_mult"] * bias_factor[0]))
+        return new_rows
+
+    def _move(self, param: Tensor, kept: Tensor, change: Tensor) -> None:
+        param.copy_(torch.where(self.finite, param * kept - change, param))
+
+
+def unsupported(settings: Train, steps_per_epoch: int) -> str | None:
+    """Why the engine cannot train with these settings, in words; None if it can."""
+    if settings.momentum:
+        return "momentum moves every row at every step"
+    largest = max(1.0, settings.first_layer_lr_mult, settings.last_layer_lr_mult)
+    kept = 1 - settings.lr * settings.weight_decay * largest
+    if steps_per_epoch * math.log(kept) < math.log(SMALLEST_DECAY):
+        return "weight decay leaves nothing of a row within an epoch"
+    if settings.last_layer_lr_mult == 0:
+        return "a read-out with learning-rate multiplier 0 does not grow"
+    return None
+
+
+def _biased(z: Tensor, module: nn.Module) -> Tensor:
+    return z if module.bias is None else z + module.bias_alpha * module.bias
+
+
+def _bias_gradient(module: nn.Module, delta: Tensor) -> Tensor | None:
+    return None if module.bias is None else module.bias_alpha * delta.sum(0)
