@@ -68,9 +68,9 @@ def _rescale(unit, top, largest):
 @triton.jit
 def _rows_in_use(count, M):
     """All M rows, or as many as the device says."""
-    if count is None:
-        return M
-    return tl.minimum(tl.load(count).to(tl.int32), M)
+    if count is not None:
+        M = tl.minimum(tl.load(count), M)
+    return tl.cast(M, tl.int32)
 
 
 @triton.jit

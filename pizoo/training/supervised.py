@@ -26,6 +26,7 @@ from pizoo.evaluation.accuracy import accuracy, predict
 from pizoo.models import KernelRegressor
 from pizoo.optim import PiSGD, clip_grad_norm_, param_groups
 from pizoo.recipes import Recipe, RecipeError, load_recipe
+from pizoo.training.engine import Engine, unsupported
 from pizoo.training.report import StepProgress, hardware, log, logging_to, peak_memory
 from pizoo.training.schedule import schedule_factor
 from pizoo.training.state import optimizer_tensors, restore
@@ -64,6 +65,7 @@ def train(
     data_dir: str | os.PathLike | None = None,
     dataset: Dataset | None = None,
     device: torch.device | str | None = None,
+    engine: bool | None = None,
     progress: bool = False,
 ) -> TrainResult:
     """Train a recipe; if ``out`` holds an unfinished training of the same recipe, go on with it.
@@ -75,6 +77,8 @@ def train(
         data_dir: where data sets are (:func:`pizoo.data.data_directory`).
         dataset: use this one instead of the one the recipe names.
         device: None: a GPU if there is one.
+        engine: train with :class:`pizoo.training.engine.Engine` instead of the plain loop, to the same result within
+            rounding; None: on a GPU, where it can.
         progress: show a progress bar.
 
     Raises:
@@ -94,13 +98,15 @@ def train(
     if recipe.train is None:
         return _solve(recipe, dataset, folder, device)
     with logging_to(folder):
-        return _Training(recipe, dataset, folder, device).run(progress)
+        return _Training(recipe, dataset, folder, device, engine).run(progress)
 
 
 class _Training:
     """One training run: its net, optimizer and where it stands."""
 
-    def __init__(self, recipe: Recipe, dataset: Dataset, folder: Path | None, device: torch.device):
+    def __init__(
+        self, recipe: Recipe, dataset: Dataset, folder: Path | None, device: torch.device, engine: bool | None = None
+    ):
         self.recipe, self.dataset, self.folder, self.device = recipe, dataset, folder, device
         self.normalize = recipe.data.normalize
         self.train_x, self.train_y = dataset.train_x.to(device), dataset.train_y.to(device)
@@ -128,6 +134,21 @@ class _Training:
         samples = len(self.train_x) * (settings.epochs - len(self.history))
         for layer in self.growing.values():
             layer.reserve(layer.count + samples)
+        self.engine = self._make_engine() if self._wants_engine(engine) else None
+
+    def _wants_engine(self, asked: bool | None) -> bool:
+        reason = unsupported(self.recipe.train, self.steps_per_epoch)
+        if asked and reason:
+            raise RecipeError(f"{self.recipe.entry}: the engine cannot train this recipe: {reason}")
+        return asked if asked is not None else self.device.type == "cuda" and reason is None
+
+    def _make_engine(self) -> Engine:
+        settings = self.recipe.train
+        factors = [
+            schedule_factor(settings.schedule, step, self.steps_per_epoch, self.steps) for step in range(self.steps)
+        ]
+        x = self.normalize(self.train_x, next(self.model.parameters()).dtype)
+        return Engine(self.model, self.optimizer, settings, x, self.train_y, torch.tensor(factors, dtype=torch.float64))
 
     def _begin_or_resume(self) -> None:
         if self.folder is None:
@@ -161,11 +182,17 @@ class _Training:
         settings, begin = self.recipe.train, time.perf_counter()
         self.model.train()
         order = epoch_order(len(self.train_x), settings.seed, epoch).to(self.device)
-        total = 0.0
+        total, first = 0.0, epoch * self.steps_per_epoch
+        losses = None if self.engine is None else self.engine.run_epoch(order, first)
         for i, batch in enumerate(order.split(settings.batch_size)):
-            loss = self._step(epoch * self.steps_per_epoch + i, self.train_x[batch], self.train_y[batch])
+            if losses is None:
+                loss = self._step(first + i, self.train_x[batch], self.train_y[batch])
+            elif not math.isfinite(loss := losses[i]):
+                self._diverged(first + i, loss)
             total += loss * len(batch)
             bar.advance(epoch, loss)
+        if self.engine is not None and not self.engine.all_finite:
+            self._diverged(first, float("nan"))
         record = {
             "epoch": epoch + 1,
             "step": (epoch + 1) * self.steps_per_epoch,

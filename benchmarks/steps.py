@@ -1,0 +1,114 @@
+"""Time per training step of the CIFAR-10 nets, everything included, against the number of rows M.
+
+    python benchmarks/steps.py [--rows 50000 250000 1000000 2500000] [--steps 200] [--json FILE]
+
+Inputs and labels are random (time does not depend on them); nets, batch sizes and dtypes are the recipes'. Needs a GPU.
+"""
+
+import argparse
+import json
+import time
+from pathlib import Path
+
+import torch
+
+from pizoo.data import Dataset
+from pizoo.recipes import load_recipe
+from pizoo.training.supervised import _Training
+
+NAMES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
+PAPER_MS = {50_000: 4.0, 250_000: 4.0, 1_000_000: 5.9, 2_500_000: 10.7}
+BYTES_PER_ROW = 4840  # A and B of both growing layers, float16, once forward and once backward
+
+
+def copy_bandwidth(size: int = 2**32) -> float:
+    """Bytes per second, read and written, of a device-to-device copy."""
+    source, target = (torch.empty(size, dtype=torch.uint8, device="cuda") for _ in range(2))
+    target.copy_(source)
+    torch.cuda.synchronize()
+    begin = time.perf_counter()
+    for _ in range(10):
+        target.copy_(source)
+    torch.cuda.synchronize()
+    return 10 * 2 * size / (time.perf_counter() - begin)
+
+
+def training(entry: str, samples: int) -> _Training:
+    """A training of ``entry`` on random data."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randint(0, 256, (samples, 3, 32, 32), dtype=torch.uint8, generator=generator)
+    y = torch.randint(0, 10, (samples,), generator=generator)
+    recipe = load_recipe(entry, ["train.epochs=1", "train.schedule={name: constant}"])
+    return _Training(recipe, Dataset("random", x, y, None, None, tuple(NAMES)), None, torch.device("cuda"))
+
+
+def fill(run: _Training, rows: int) -> None:
+    """Grow every layer of ``run`` to ``rows`` random rows, small enough not to matter to the function."""
+    for layer in run.growing.values():
+        A, B, amult = layer.storages
+        layer.reserve(rows + len(run.train_x))
+        A, B, amult = layer.storages
+        A[layer.count : rows].normal_()
+        B[layer.count : rows].normal_().div_(B.shape[1] ** 0.5)
+        amult[layer.count : rows] = 1e-6
+        layer.grown(rows, 1.0)
+    run.engine = run._make_engine()
+
+
+def time_steps(run: _Training, steps: int) -> tuple[float, float]:
+    """Milliseconds per step, and seconds to compile and capture."""
+    size = run.recipe.train.batch_size
+    begin = time.perf_counter()
+    order = torch.arange(len(run.train_x), device="cuda")
+    step = run.engine._step_of(size)
+    torch.cuda.synchronize()
+    setup = time.perf_counter() - begin
+    run.engine.order.copy_(order)
+    step()
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+    events[0].record()
+    for _ in range(steps):
+        step()
+    events[1].record()
+    torch.cuda.synchronize()
+    assert run.engine.all_finite
+    return events[0].elapsed_time(events[1]) / steps, setup
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=int, nargs="+", default=list(PAPER_MS))
+    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    bandwidth = copy_bandwidth()
+    result = {"gpu": torch.cuda.get_device_name(), "copy_bandwidth": bandwidth, "torch": torch.__version__, "steps": []}
+    print(f"copy {bandwidth / 1e12:.2f} TB/s")
+    for rows in args.rows:
+        run = training("cifar10_infpi", 8 * (args.steps + 10))
+        fill(run, rows)
+        torch.cuda.reset_peak_memory_stats()
+        ms, setup = time_steps(run, args.steps)
+        limit = 1e3 * rows * BYTES_PER_ROW / bandwidth
+        row = {
+            "entry": "cifar10_infpi",
+            "rows": rows,
+            "ms": ms,
+            "two_pass_limit_ms": limit,
+            "paper_ms": PAPER_MS.get(rows),
+        }
+        result["steps"].append({**row, "setup_s": setup, "peak_bytes": torch.cuda.max_memory_allocated()})
+        print(f"cifar10_infpi M={rows:>9,}  {ms:.3f} ms  two-pass limit {limit:.3f}  setup {setup:.1f} s", flush=True)
+        del run
+        torch.cuda.empty_cache()
+    for entry in ("cifar10_finpi", "cifar10_mu"):
+        run = training(entry, 32 * (args.steps + 10))
+        ms, setup = time_steps(run, args.steps)
+        result["steps"].append({"entry": entry, "ms": ms, "setup_s": setup})
+        print(f"{entry}  {ms:.3f} ms  setup {setup:.1f} s", flush=True)
+    if args.json:
+        args.json.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,603 @@
+"""Checkpoints: what is loaded is what was saved, to the bit; whatever interrupts a save, the epochs before it are there."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import pickle
+import random
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+import pizoo
+from pizoo import checkpoint
+from pizoo.checkpoint import CheckpointError
+from pizoo.models import FinPiMLP, InfPiMLP, MuMLP, NNGPRegressor, NTKRegressor
+from pizoo.optim import PiSGD, param_groups
+from pizoo.recipes import load_recipe
+from pizoo.training import supervised
+
+EPOCHS, N = 3, 40
+TINY = (f"data.subset={N}", f"train.epochs={EPOCHS}", "train.batch_size=16", "train.lr=0.1")
+RECIPES = {
+    "infpi": ("digits_infpi", (*TINY, "model.r=8", "train.dtype=float32", "train.weight_decay=0.01")),
+    "float16": ("digits_infpi", (*TINY, "model.r=8", "train.dtype=float16")),
+    "momentum": (
+        "digits_infpi",
+        (
+            *TINY,
+            "model.r=8",
+            "train.momentum=0.9",
+            "train.dampening=0.1",
+            "train.weight_decay=0.01",
+            "train.apply_lr_mult_to_wd=true",
+        ),
+    ),
+    "finpi": ("digits_finpi", (*TINY, "model.r=8", "model.width=16", "train.momentum=0.9")),
+}
+GROWING = ("infpi", "float16", "momentum")
+
+
+class Stop(Exception):
+    """What interrupts a training here: none of the package's own errors."""
+
+
+def recipe(kind: str, *more: str):
+    entry, overrides = RECIPES[kind]
+    return load_recipe(entry, (*overrides, *more))
+
+
+def snapshot(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+
+
+def assert_same(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> None:
+    """Equal to the bit, dtypes included."""
+    assert found.keys() == wanted.keys()
+    for name, tensor in wanted.items():
+        assert found[name].dtype == tensor.dtype, name
+        assert torch.equal(found[name], tensor), name
+
+
+def flip_bit(path: Path, position: int, bit: int = 3) -> None:
+    content = bytearray(path.read_bytes())
+    content[position] ^= 1 << bit
+    path.write_bytes(content)
+
+
+def edit_json(path: Path, change) -> None:
+    value = json.loads(path.read_text())
+    change(value)
+    path.write_text(json.dumps(value))
+
+
+def temporaries(folder: Path) -> list[str]:
+    return [path.name for path in folder.rglob("*") if path.name.startswith(".") or path.suffix == ".tmp"]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """Kind -> (folder of a finished training, state of its net after each epoch)."""
+    made = {}
+    save = checkpoint.save_epoch
+    for kind in RECIPES:
+        states = []
+
+        def save_and_keep(folder, model, *args, states=states, **kwargs):
+            states.append(snapshot(model))
+            save(folder, model, *args, **kwargs)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(checkpoint, "save_epoch", save_and_keep)
+            folder = tmp_path_factory.mktemp(kind)
+            pizoo.train(recipe(kind), folder, device="cpu")
+        made[kind] = (folder, states)
+    return made
+
+
+@pytest.fixture
+def training(finished, tmp_path):
+    """A copy of the finished training of digits_infpi, to be damaged."""
+    return Path(shutil.copytree(finished["infpi"][0], tmp_path / "run"))
+
+
+@pytest.fixture
+def shipped(tmp_path):
+    """A shipped infinite net, to be damaged."""
+    return ship(InfPiMLP(d_in=6, d_out=3, r=4), tmp_path / "shipped")
+
+
+def ship(model: nn.Module, folder: Path) -> Path:
+    x = torch.randn(5, 6, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        checkpoint.save(folder, model, {"note": "mine"}, x, model.eval()(x))
+    return folder
+
+
+# Shipped nets
+
+
+def grown() -> InfPiMLP:
+    """A net after a few steps: float16 rows, a decay factor that is not 1."""
+    torch.manual_seed(0)
+    model = InfPiMLP(d_in=6, d_out=3, r=4, hidden_layers=3, bias_alpha=0.5, layernorm=True, rows_dtype=torch.float16)
+    optimizer = PiSGD(param_groups(model, lr=0.5, weight_decay=0.1), lr=0.5)
+    for _ in range(3):
+        nn.functional.cross_entropy(model(torch.randn(7, 6)), torch.arange(7) % 3).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        grown,
+        lambda: FinPiMLP(d_in=6, d_out=3, width=9, r=4, last_bias_alpha=0.0),
+        lambda: MuMLP(d_in=6, d_out=3, width=9, hidden_layers=1, bias_alpha=0.0),
+    ],
+    ids=["InfPiMLP", "FinPiMLP", "MuMLP"],
+)
+def test_a_shipped_net_comes_back_to_the_bit(make, tmp_path):
+    model = make().eval()
+    x = torch.randn(20, 6)
+    loaded, config = checkpoint.load(ship(model, tmp_path))
+    assert type(loaded) is type(model) and not loaded.training
+    assert_same(loaded.state_dict(), model.state_dict())
+    # A net that was trained multiplies its decay factor in after the sum over rows, a loaded one before.
+    torch.testing.assert_close(loaded(x), model(x), rtol=1e-6, atol=1e-7)
+    assert torch.equal(loaded(x), checkpoint.load(tmp_path)[0](x))
+    assert config["note"] == "mine"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "model.safetensors", "probe.safetensors"]
+    probe = load_file(tmp_path / "probe.safetensors")
+    torch.testing.assert_close(loaded(probe["x"]), probe["logits"], rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("kind", [NNGPRegressor, NTKRegressor])
+def test_a_shipped_regressor_comes_back_and_predicts_from_its_own_training_inputs_only(kind, tmp_path):
+    train_x, x = torch.randn(12, 6, dtype=torch.float64), torch.randn(5, 6)
+    model = kind(d_in=6, d_out=3, depth=1, var_b=0.5).fit(train_x, torch.arange(12) % 3)
+    loaded, _ = checkpoint.load(ship(model, tmp_path))
+    assert_same(loaded.state_dict(), model.state_dict())
+    with pytest.raises(RuntimeError, match="attach"):
+        loaded(x)
+    with pytest.raises(ValueError, match="fingerprint"):
+        loaded.attach(train_x.flip(0))
+    torch.testing.assert_close(loaded.attach(train_x)(x), model(x), rtol=1e-12, atol=1e-14)
+
+
+def test_dtype_and_device_are_the_callers_where_given(tmp_path):
+    ship(grown(), tmp_path)
+    as_stored, _ = checkpoint.load(tmp_path)
+    assert as_stored.output.A.dtype == torch.float16 and as_stored.input.A.dtype == torch.float32
+    wide, _ = checkpoint.load(tmp_path, device="cpu", dtype=torch.float64)
+    assert {p.dtype for p in wide.parameters()} == {torch.float64}
+    assert torch.equal(wide.output.A, as_stored.output.A.double())
+
+
+def test_shipping_again_replaces_the_net(tmp_path):
+    ship(MuMLP(d_in=6, d_out=3, width=9), tmp_path)
+    second = MuMLP(d_in=6, d_out=3, width=5)
+    assert_same(checkpoint.load(ship(second, tmp_path))[0].state_dict(), second.state_dict())
+
+
+# Training checkpoints
+
+
+@pytest.mark.parametrize("kind", GROWING)
+def test_every_epoch_of_a_growing_net_loads_as_it_was(finished, kind):
+    folder, states = finished[kind]
+    assert len(states) == EPOCHS
+    for epoch, state in enumerate(states, start=1):
+        model, config = checkpoint.load(folder, epoch)
+        assert_same(model.state_dict(), state)
+        assert config["recipe"] == recipe(kind).to_dict()
+    assert_same(checkpoint.load(folder)[0].state_dict(), states[-1])
+
+
+@pytest.mark.parametrize("kind", GROWING)
+def test_an_epoch_writes_its_own_rows_and_no_others(finished, kind):
+    folder, states = finished[kind]
+    for epoch in range(1, EPOCHS + 1):
+        segment = load_file(folder / f"rows-{epoch:05d}.safetensors")
+        assert segment.keys() == {f"{layer}.{part}" for layer in ("hidden.0", "output") for part in "AB"}
+        assert {len(tensor) for tensor in segment.values()} == {N}
+        numbers = sum(tensor.numel() * tensor.element_size() for tensor in segment.values())
+        assert (folder / f"rows-{epoch:05d}.safetensors").stat().st_size < numbers + 1000
+        for name, tensor in segment.items():
+            assert torch.equal(states[-1][name][-N * (EPOCHS - epoch + 1) :][:N], tensor)
+
+
+def test_segments_and_states_are_never_written_again(tmp_path):
+    """Each file is as it was, bytes and time, when all later epochs have been added."""
+    seen: dict[str, tuple[int, str]] = {}
+    save = checkpoint.save_epoch
+
+    def save_and_look(folder, *args, **kwargs):
+        save(folder, *args, **kwargs)
+        for path in folder.glob("*.safetensors"):
+            now = (path.stat().st_mtime_ns, checkpoint.sha256(path))
+            assert seen.setdefault(path.name, now) == now, path.name
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checkpoint, "save_epoch", save_and_look)
+        pizoo.train(recipe("momentum"), tmp_path, device="cpu")
+    assert len(seen) == 1 + 2 * EPOCHS
+
+
+def test_momentum_moves_the_multipliers_of_old_rows_and_every_epoch_remembers_its_own(finished):
+    _, states = finished["momentum"]
+    first, last = states[0]["output.amult"], states[-1]["output.amult"][: len(states[0]["output.amult"])]
+    assert not torch.isclose(first, last).any()
+
+
+def test_a_finite_net_keeps_its_last_epoch_and_the_records_of_all(finished):
+    folder, states = finished["finpi"]
+    assert [path.name for path in folder.glob("*.safetensors")] == [f"state-{EPOCHS:05d}.safetensors"]
+    assert_same(checkpoint.load(folder)[0].state_dict(), states[-1])
+    assert [record["epoch"] for record in checkpoint.read_manifest(folder)["epochs"]] == [1, 2, 3]
+    with pytest.raises(CheckpointError, match=r"holds epoch 3 alone; epoch=2 is not there"):
+        checkpoint.load(folder, epoch=2)
+
+
+@pytest.mark.parametrize("epoch", [0, EPOCHS + 1, -1])
+def test_an_epoch_that_does_not_exist_is_refused_with_those_that_do(training, epoch):
+    with pytest.raises(CheckpointError, match=rf"holds epochs 1 to {EPOCHS}; epoch={epoch} is not there"):
+        checkpoint.load(training, epoch=epoch)
+
+
+def test_a_shipped_net_has_no_epochs(shipped):
+    with pytest.raises(CheckpointError, match="one net, not epochs"):
+        checkpoint.load(shipped, epoch=1)
+
+
+# Damage
+
+
+def damage(name: str, folder: Path) -> None:
+    """Do to a checkpoint what ``name`` says."""
+    what, _, file = name.partition(" ")
+    path = folder / file
+    match what:
+        case "truncate":
+            path.write_bytes(path.read_bytes()[:-100])
+        case "empty":
+            path.write_bytes(b"")
+        case "flip":
+            flip_bit(path, path.stat().st_size // 2)
+        case "remove":
+            path.unlink()
+        case "lfs":
+            path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 12345\n")
+        case "format":
+            edit_json(path, lambda value: value.get("pizoo", value).update(format=2))
+        case "list":
+            path.write_text("[1, 2]")
+        case "r":
+            edit_json(path, lambda value: value["pizoo"]["hparams"].update(r=5))
+        case "argument":
+            edit_json(path, lambda value: value["pizoo"]["hparams"].update(depth=5))
+        case "negative":
+            edit_json(path, lambda value: value["pizoo"]["hparams"].update(r=-1))
+        case "class":
+            described = {"class": "FinPiMLP", "hparams": {"d_in": 6, "d_out": 3, "width": 9, "r": 4}}
+            edit_json(path, lambda value: value["pizoo"].update(described))
+        case "unknown":
+            edit_json(path, lambda value: value["pizoo"].update({"class": "ResNet"}))
+        case "code":
+            edit_json(path, lambda value: value["pizoo"].update({"class": "__import__"}))
+        case "dtype":
+            edit_json(path, lambda value: value["pizoo"].update(rows_dtype="load"))
+        case "pickle":
+            path.write_bytes(pickle.dumps(Trap(str(folder / "executed"))))
+
+
+class Trap:
+    """Unpickling it makes a file."""
+
+    def __init__(self, path: str):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (self.path, "w")
+
+
+SHIPPED_DAMAGE = {
+    "truncate model.safetensors": "damaged",
+    "empty model.safetensors": "damaged",
+    "flip model.safetensors": r"model\.safetensors has SHA-256",
+    "remove model.safetensors": r"model\.safetensors is missing",
+    "lfs model.safetensors": r"git lfs pull",
+    "pickle model.safetensors": "damaged",
+    "remove config.json": r"config\.json does not exist",
+    "truncate config.json": r"config\.json is not valid JSON",
+    "empty config.json": r"config\.json is not valid JSON",
+    "format config.json": "has format 2; this version of pizoo reads format 1",
+    "list config.json": "has format None",
+    "r config.json": r"does not hold what its config\.json says.*\[M, 5\]",
+    "argument config.json": "hyper-parameters do not fit InfPiMLP.*depth",
+    "negative config.json": "hyper-parameters do not fit InfPiMLP.*r is -1",
+    "class config.json": r"does not hold what its config\.json says.*missing keys",
+    "unknown config.json": "of a 'ResNet'; this version of pizoo knows InfPiMLP",
+    "code config.json": "of a '__import__'",
+    "dtype config.json": "damaged|do not fit",
+}
+
+
+@pytest.mark.parametrize("name", SHIPPED_DAMAGE)
+def test_a_damaged_shipped_net_is_refused_and_the_message_names_what_is_wrong(shipped, name):
+    damage(name, shipped)
+    with pytest.raises(CheckpointError, match=SHIPPED_DAMAGE[name]) as caught:
+        checkpoint.load(shipped)
+    assert str(shipped) in str(caught.value) or "config" in name
+    assert not (shipped / "executed").exists(), "loading ran what was in the file"
+
+
+TRAINING_DAMAGE = {
+    "truncate rows-00001.safetensors": r"rows-00001\.safetensors has SHA-256",
+    "flip rows-00002.safetensors": r"rows-00002\.safetensors has SHA-256",
+    "flip state-00003.safetensors": r"state-00003\.safetensors has SHA-256",
+    "remove rows-00000.safetensors": r"rows-00000\.safetensors is missing",
+    "remove state-00003.safetensors": r"state-00003\.safetensors is missing",
+    "lfs rows-00001.safetensors": r"git lfs pull",
+    "pickle state-00003.safetensors": r"SHA-256",
+    "remove checkpoint.json": r"model\.safetensors is missing",
+    "truncate checkpoint.json": r"checkpoint\.json is not valid JSON",
+    "format checkpoint.json": "has format 2; this version of pizoo reads format 1",
+    "list checkpoint.json": "has format None",
+    "remove config.json": r"config\.json does not exist",
+    "r config.json": r"does not hold what its config\.json says",
+}
+
+
+@pytest.mark.parametrize("name", TRAINING_DAMAGE)
+def test_a_damaged_training_is_refused_and_the_message_names_what_is_wrong(training, name):
+    damage(name, training)
+    with pytest.raises(CheckpointError, match=TRAINING_DAMAGE[name]):
+        checkpoint.load(training)
+    assert not (training / "executed").exists(), "loading ran what was in the file"
+
+
+def test_damage_to_an_epoch_leaves_those_before_it(training, finished):
+    damage("flip rows-00003.safetensors", training)
+    damage("remove state-00002.safetensors", training)
+    assert_same(checkpoint.load(training, epoch=1)[0].state_dict(), finished["infpi"][1][0])
+    with pytest.raises(CheckpointError):
+        checkpoint.load(training, epoch=2)
+
+
+def test_no_flipped_bit_of_a_tensor_file_goes_unseen(training, shipped):
+    rng = random.Random(0)
+    for folder in (training, shipped):
+        for path in folder.glob("*.safetensors"):
+            if path.name in ("probe.safetensors", "state-00001.safetensors", "state-00002.safetensors"):
+                continue
+            before = path.read_bytes()
+            for _ in range(10):
+                flip_bit(path, rng.randrange(len(before)), rng.randrange(8))
+                with pytest.raises(CheckpointError):
+                    checkpoint.load(folder)
+                path.write_bytes(before)
+            checkpoint.load(folder)
+
+
+def test_flipped_bits_in_json_give_no_other_error_than_that_the_checkpoint_is_damaged(training, shipped):
+    rng = random.Random(0)
+    refused = 0
+    for path in (training / "config.json", training / "checkpoint.json", shipped / "config.json"):
+        before = path.read_bytes()
+        for _ in range(150):
+            flip_bit(path, rng.randrange(len(before)), rng.randrange(7))
+            try:
+                checkpoint.load(path.parent)
+            except CheckpointError:
+                refused += 1
+            path.write_bytes(before)
+    assert refused > 50
+
+
+def test_pickled_weights_beside_the_checkpoint_are_not_looked_at(tmp_path):
+    for name in ("pytorch_model.bin", "model.pt", "model.pth"):
+        (tmp_path / name).write_bytes(pickle.dumps(Trap(str(tmp_path / "executed"))))
+    (tmp_path / "config.json").write_text(
+        json.dumps({"pizoo": {"format": 1, **checkpoint.describe(MuMLP(6, 3, width=4)), "files": {}}})
+    )
+    with pytest.raises(CheckpointError, match=r"model\.safetensors is missing"):
+        checkpoint.load(tmp_path)
+    assert not (tmp_path / "executed").exists()
+
+
+# A full disk
+
+
+@pytest.mark.parametrize("function", ["save_file", "os.fsync", "os.replace"])
+@pytest.mark.parametrize("kind", ["infpi", "finpi"])
+def test_a_disk_that_fills_up_while_training_keeps_the_epochs_before(finished, tmp_path, kind, function):
+    real = {"save_file": checkpoint.save_file, "os.fsync": os.fsync, "os.replace": os.replace}[function]
+
+    def fails_in_the_second_epoch(*args):
+        if (tmp_path / "checkpoint.json").exists() and checkpoint.read_manifest(tmp_path)["epochs"]:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return real(*args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(f"pizoo.checkpoint.{function}", fails_in_the_second_epoch)
+        with pytest.raises(CheckpointError, match=r"no space left on the disk to write .*; what was saved before is"):
+            pizoo.train(recipe(kind), tmp_path, device="cpu")
+    assert temporaries(tmp_path) == []
+    states = finished[kind][1]
+    assert_same(checkpoint.load(tmp_path)[0].state_dict(), states[0])
+    assert_same(pizoo.train(recipe(kind), tmp_path, device="cpu").model.state_dict(), states[-1])
+
+
+@pytest.mark.parametrize("files_that_fit", [0, 1, 2])
+def test_a_disk_that_fills_up_while_shipping_leaves_the_net_shipped_before(tmp_path, monkeypatch, files_that_fit):
+    first = MuMLP(d_in=6, d_out=3, width=9)
+    ship(first, tmp_path)
+    done = 0
+
+    def fsync(fd, real=os.fsync):
+        nonlocal done
+        if done == files_that_fit:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        done += 1
+        real(fd)
+
+    monkeypatch.setattr("pizoo.checkpoint.os.fsync", fsync)
+    with pytest.raises(CheckpointError, match="no space left"):
+        ship(MuMLP(d_in=6, d_out=3, width=9), tmp_path)
+    assert temporaries(tmp_path) == []
+    assert_same(checkpoint.load(tmp_path)[0].state_dict(), first.state_dict())
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 64 kB, and a function that gives it another size."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+
+    def mount(*options: str) -> bool:
+        if shutil.which("mount") is None:
+            return False
+        command = ["mount", "-t", "tmpfs", "-o", ",".join(options), "tmpfs", str(disk)]
+        return subprocess.run(command, capture_output=True).returncode == 0
+
+    if not mount("size=64k"):
+        pytest.skip("mounting a small file system is not allowed here")
+    try:
+        yield disk, lambda size: mount("remount", f"size={size}")
+    finally:
+        subprocess.run(["umount", "--lazy", str(disk)], check=True)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="tmpfs is Linux's")
+def test_a_disk_that_is_really_full_is_told_and_training_goes_on_when_there_is_room_again(small_disk, tmp_path, capfd):
+    disk, resize = small_disk
+    tiny = recipe("infpi", "train.epochs=30")
+    with pytest.raises(CheckpointError, match=r"no space left on the disk to write .*; what was saved before is"):
+        pizoo.train(tiny, disk / "run", device="cpu")
+    assert "Traceback" not in capfd.readouterr().err
+    assert temporaries(disk) == []
+    epoch = checkpoint.read_manifest(disk / "run")["epochs"][-1]["epoch"]
+    assert 1 <= epoch < 30
+    whole = pizoo.train(tiny, tmp_path / "whole", device="cpu")
+    assert_same(
+        checkpoint.load(disk / "run")[0].state_dict(), checkpoint.load(tmp_path / "whole", epoch)[0].state_dict()
+    )
+    assert resize("4m")
+    assert_same(pizoo.train(tiny, disk / "run", device="cpu").model.state_dict(), whole.model.state_dict())
+
+
+# Interruptions
+
+
+@pytest.mark.parametrize("kind", ["momentum", "finpi"])
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_stopped_before_or_after_any_file_a_training_loads_and_resumes(finished, tmp_path, monkeypatch, kind, when):
+    _, states = finished[kind]
+    real, count = checkpoint.write_atomically, 0
+
+    def write(path, write):
+        nonlocal count
+        count += 1
+        if when == "after":
+            real(path, write)
+        if count == stop_at:
+            raise Stop
+        if when == "before":
+            real(path, write)
+
+    monkeypatch.setattr(checkpoint, "write_atomically", write)
+    files = 3 + 3 * EPOCHS + 1 if kind == "momentum" else 2 + 2 * EPOCHS + 1
+    for stop_at in range(1, files + 1):
+        folder, count = tmp_path / str(stop_at), 0
+        with pytest.raises(Stop):
+            pizoo.train(recipe(kind), folder, device="cpu")
+        records = checkpoint.read_manifest(folder)["epochs"] if (folder / "checkpoint.json").exists() else []
+        if records:
+            assert_same(checkpoint.load(folder)[0].state_dict(), states[len(records) - 1])
+        else:
+            with pytest.raises(CheckpointError):
+                checkpoint.load(folder)
+        stop_at = 0
+        resumed = pizoo.train(recipe(kind), folder, device="cpu")
+        assert_same(resumed.model.state_dict(), states[-1])
+        assert_same(checkpoint.load(folder)[0].state_dict(), states[-1])
+        assert [record["epoch"] for record in resumed.history] == [1, 2, 3]
+
+
+KILL = """
+import os, signal, sys
+from pathlib import Path
+import pizoo
+from pizoo import checkpoint
+from pizoo.recipes import load_recipe
+from pizoo.training import supervised
+
+def kill():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+def train(folder, point, entry, *overrides):
+    recipe = load_recipe(entry, overrides)
+    step, fsync, count = supervised._Training._step, os.fsync, 0
+    def counted_step(self, number, *args):
+        if point == "step" and number == self.steps_per_epoch + 1:
+            kill()
+        return step(self, number, *args)
+    def counted_fsync(fd):
+        if point == "write" and (Path(folder) / ".state-00002.safetensors.tmp").exists():
+            kill()
+        fsync(fd)
+    supervised._Training._step, os.fsync = counted_step, counted_fsync
+    pizoo.train(recipe, folder, device="cpu")
+
+for case in sys.argv[1:]:
+    child = os.fork()
+    if child == 0:
+        train(*case.split("|"))
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == signal.SIGKILL, case
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
+def test_killed_and_resumed_a_training_ends_with_the_same_bits(finished, tmp_path):
+    kills = [(kind, point) for kind in RECIPES for point in ("step", "write")]
+    cases = [
+        "|".join((str(tmp_path / kind / point), point, RECIPES[kind][0], *RECIPES[kind][1])) for kind, point in kills
+    ]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", KILL, *cases], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    for kind, point in kills:
+        folder, states = tmp_path / kind / point, finished[kind][1]
+        assert [record["epoch"] for record in checkpoint.read_manifest(folder)["epochs"]][-1:] == [1]
+        assert_same(checkpoint.load(folder)[0].state_dict(), states[0])
+        assert_same(pizoo.train(recipe(kind), folder, device="cpu").model.state_dict(), states[-1])
+        assert_same(checkpoint.load(folder)[0].state_dict(), states[-1])
+        assert temporaries(folder) == [], "what the kill left behind"
+
+
+def test_a_run_interrupted_in_every_epoch_ends_with_the_same_bits(finished, tmp_path, monkeypatch):
+    step = supervised._Training._step
+    for stop_at in (1, 4, 7):  # an epoch has 3 steps
+
+        def stops(self, number, *args, stop_at=stop_at):
+            if number == stop_at:
+                raise Stop
+            return step(self, number, *args)
+
+        monkeypatch.setattr(supervised._Training, "_step", stops)
+        with pytest.raises(Stop):
+            pizoo.train(recipe("momentum"), tmp_path, device="cpu")
+    monkeypatch.undo()
+    resumed = pizoo.train(recipe("momentum"), tmp_path, device="cpu")
+    assert_same(resumed.model.state_dict(), finished["momentum"][1][-1])

@@ -1,0 +1,402 @@
+"""The command line: what it prints, what it writes, and that exit codes and one-line errors can be relied on."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import pizoo
+from pizoo import checkpoint, cli, zoo
+from pizoo.data import load_dataset
+
+TINY = ("--set", "data.subset=200", "--set", "train.epochs=2")
+TINY_NET = ("--set", "model.r=16", *TINY)
+
+
+class Outcome:
+    def __init__(self, code: int, out: str, err: str):
+        self.code, self.out, self.err = code, out, err
+
+
+@pytest.fixture
+def pizoo_command(monkeypatch, capsys):
+    """Runs ``pizoo ARGUMENTS...`` in this process, as the installed command does."""
+
+    def run(*arguments: object) -> Outcome:
+        monkeypatch.setattr(sys, "argv", ["pizoo", *map(str, arguments)])
+        capsys.readouterr()
+        try:
+            cli.main()
+            code = 0
+        except SystemExit as stop:
+            code = stop.code or 0
+        captured = capsys.readouterr()
+        return Outcome(code, captured.out, captured.err)
+
+    return run
+
+
+@pytest.fixture(autouse=True)
+def no_data_folder(monkeypatch, tmp_path):
+    """No data but what is in the package, and nothing written where the tests run."""
+    monkeypatch.setenv("PIZOO_DATA", str(tmp_path / "no data"))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def card(tmp_path):
+    """A copy of an entry's card, to be changed."""
+
+    def copy(entry: str) -> Path:
+        return Path(shutil.copytree(zoo.card(entry), tmp_path / "cards" / entry))
+
+    return copy
+
+
+def digit_file(path: Path, i: int) -> tuple[Path, int]:
+    """Test image i of the digits as a grey PNG, and its label."""
+    dataset = load_dataset("digits")
+    pixels = (dataset.test_x[i, 0].double() * 255 / 16).round().to(torch.uint8)
+    Image.fromarray(pixels.numpy()).save(path)
+    return path, int(dataset.test_y[i])
+
+
+def one_line(text: str) -> bool:
+    return text.startswith("error: ") and text.count("\n") == 1 and "Traceback" not in text
+
+
+# list, train, evaluate, predict
+
+
+def test_list_shows_every_entry_with_its_number(pizoo_command):
+    shown = pizoo_command("list")
+    assert shown.code == 0
+    for entry in pizoo.list_entries():
+        (line,) = [line for line in shown.out.splitlines() if line.split()[:1] == [entry]]
+        if zoo.has_weights(entry):
+            recorded = json.loads((zoo.card(entry) / "results.json").read_text())["accuracy"]
+            assert f"{recorded:.2f}" in line and "here" in line
+        else:
+            assert "train it" in line
+    some = pizoo_command("list", "digits_*").out
+    assert "digits_mu" in some and "cifar10_mu" not in some
+
+
+def test_train_writes_a_checkpoint_that_evaluate_measures_the_same(pizoo_command, tmp_path):
+    trained = pizoo_command("train", "digits_infpi", *TINY_NET)
+    assert trained.code == 0, trained.err
+    results = json.loads((tmp_path / "runs" / "digits_infpi" / "results.json").read_text())
+    assert f"{results['accuracy']:.2f}" in trained.out and "runs/digits_infpi" in trained.out
+    recipe = zoo.checkpoint.read_config(tmp_path / "runs" / "digits_infpi")["recipe"]
+    assert (recipe["model"]["r"], recipe["train"]["epochs"], recipe["data"]["subset"]) == (16, 2, 200)
+    last = pizoo_command("evaluate", "runs/digits_infpi")
+    assert last.code == 0 and f"{results['accuracy']:.2f}" in last.out and "449" in last.out
+    first = pizoo_command("evaluate", "runs/digits_infpi", "--epoch", 1)
+    assert f"{results['history'][0]['test_accuracy']:.2f}" in first.out
+
+
+def test_train_goes_on_after_an_interruption_as_it_says(pizoo_command, tmp_path, monkeypatch):
+    from pizoo.training import supervised
+
+    with monkeypatch.context() as patch:
+        real = supervised._Training._step
+
+        def interrupted(self, step, *args):
+            if step == 14:
+                raise KeyboardInterrupt
+            return real(self, step, *args)
+
+        patch.setattr(supervised._Training, "_step", interrupted)
+        stopped = pizoo_command("train", "digits_infpi", *TINY_NET, "--out", tmp_path / "run")
+    assert stopped.code == 130 and "the same command goes on" in stopped.err
+    assert pizoo_command("train", "digits_infpi", *TINY_NET, "--out", tmp_path / "run").code == 0
+    pizoo_command("train", "digits_infpi", *TINY_NET, "--out", tmp_path / "whole")
+    resumed, whole = (pizoo.load(tmp_path / name).state_dict() for name in ("run", "whole"))
+    assert all(torch.equal(resumed[name], whole[name]) for name in whole)
+
+
+def test_predict_names_the_digit_in_an_image_file(pizoo_command, tmp_path):
+    labels = {}
+    for i in range(6):
+        _, labels[i] = digit_file(tmp_path / f"image[{i}].png", i)
+    shown = pizoo_command("predict", "digits_infpi", *sorted(tmp_path.glob("*.png")), "--top", 1)
+    assert shown.code == 0, shown.err
+    lines = [line.split() for line in shown.out.splitlines() if "image[" in line or "].png" in line]
+    right = sum(line[1] == str(labels[i]) for i, line in enumerate(lines))
+    assert len(lines) == 6 and right >= 5
+    # A file counts its pixels from 0 to 255, the data set from 0 to 16: the net must see the same.
+    model, dataset = pizoo.load("digits_infpi"), load_dataset("digits")
+    with torch.no_grad():
+        wanted = model(zoo.preprocessing(model.config)(dataset.test_x[:6])).softmax(1).amax(1)
+    assert [float(line[2]) for line in lines] == pytest.approx(wanted.tolist(), abs=0.01)
+
+
+# verify
+
+
+def test_verified_is_exit_code_0_and_the_json_says_what_the_table_says(pizoo_command, tmp_path):
+    shown = pizoo_command("verify", "digits_[im]*", "--json", tmp_path / "reports.json")
+    assert shown.code == 0, shown.out + shown.err
+    reports = json.loads((tmp_path / "reports.json").read_text())
+    assert [report["entry"] for report in reports] == ["digits_infpi", "digits_mu"]
+    for report in reports:
+        recorded = json.loads((zoo.card(report["entry"]) / "results.json").read_text())
+        assert report["status"] == "verified" and report["reason"] == "" and report["check"] == "test accuracy"
+        assert report["recorded"] == recorded["accuracy"] == pytest.approx(report["measured"], abs=0.05)
+        assert report["mean"] == recorded["mean_accuracy"] and report["seeds"] == len(recorded["seeds"])
+        assert report["reproduction"] == "no published number" and report["published"] is None
+        assert f"{report['measured']:.2f}" in shown.out
+    assert shown.out.count("verified") == 2
+
+
+def test_a_number_that_was_not_measured_is_a_mismatch(pizoo_command, card, tmp_path):
+    folder = card("digits_mu")
+    results = json.loads((folder / "results.json").read_text())
+    results["accuracy"] -= 0.1  # less than one test image
+    (folder / "results.json").write_text(json.dumps(results))
+    shown = pizoo_command("verify", folder, "--json", tmp_path / "reports.json")
+    assert shown.code == 1 and "further apart than 0.05 points" in shown.out
+    (report,) = json.loads((tmp_path / "reports.json").read_text())
+    assert report["status"] == "mismatch" and report["measured"] == pytest.approx(report["recorded"] + 0.1)
+
+
+@pytest.mark.parametrize("quick", [(), ("--quick",)])
+def test_a_flipped_bit_is_a_mismatch(pizoo_command, card, quick):
+    folder = card("digits_infpi")
+    content = bytearray((folder / "model.safetensors").read_bytes())
+    content[len(content) // 2] ^= 4
+    (folder / "model.safetensors").write_bytes(content)
+    shown = pizoo_command("verify", folder, *quick)
+    assert shown.code == 1 and "model.safetensors has SHA-256" in shown.out
+
+
+def test_other_weights_with_a_digest_made_to_fit_are_a_mismatch(pizoo_command, card):
+    """The probe is what finds a net that is intact, and another."""
+    folder = card("digits_mu")
+    state = checkpoint.read_tensors(folder / "model.safetensors")
+    state["layers.0.weight"] = state["layers.0.weight"] + 0.01
+    config = json.loads((folder / "config.json").read_text())
+    config["pizoo"]["files"]["model.safetensors"] = checkpoint.write_tensors(folder / "model.safetensors", state)
+    (folder / "config.json").write_text(json.dumps(config))
+    shown = pizoo_command("verify", folder, "--quick")
+    assert shown.code == 1 and "the probe's logits are off by" in shown.out
+
+
+@pytest.mark.parametrize("command", ["verify", "evaluate"])
+def test_an_unknown_entry_is_wrong_usage_and_the_nearest_is_offered(pizoo_command, command):
+    shown = pizoo_command(command, "digits_infpy")
+    assert shown.code == 2 and one_line(shown.err)
+    assert "no entry is called 'digits_infpy'; did you mean 'digits_infpi'?" in shown.err
+
+
+@pytest.mark.parametrize(
+    "arguments", [("verify",), ("verify", "digits_mu", "--fast"), ("nonsense",), ("predict", "digits_mu", "none.png")]
+)
+def test_what_the_command_does_not_take_is_wrong_usage(pizoo_command, arguments):
+    shown = pizoo_command(*arguments)
+    assert shown.code == 2 and "Traceback" not in shown.err
+
+
+def untrained(entry: str) -> bool:
+    return entry in pizoo.list_entries() and not zoo.has_weights(entry)
+
+
+def test_no_weights_is_not_run(pizoo_command, tmp_path):
+    entry = next(filter(untrained, pizoo.list_entries()), None)
+    if entry is None:
+        pytest.skip("every entry has weights")
+    shown = pizoo_command("verify", entry, "digits_mu", "--json", tmp_path / "reports.json")
+    assert shown.code == 3
+    reports = {report["entry"]: report for report in json.loads((tmp_path / "reports.json").read_text())}
+    assert reports[entry]["status"] == "not run" and reports[entry]["measured"] is None
+    assert reports["digits_mu"]["status"] == "verified"
+
+
+def own_run(tmp_path: Path) -> Path:
+    """A finished training on somebody's own data, in ``run``."""
+    rng = np.random.RandomState(0)
+    labels = np.arange(20) % 2
+    images = (rng.randn(20, 5) + np.where(labels, 4, -4)[:, None]).astype(np.float32)
+    parts = {"train_images": images, "train_labels": labels, "test_images": images, "test_labels": labels}
+    np.savez(tmp_path / "mine.npz", **parts)
+    (tmp_path / "mine.yaml").write_text(
+        "entry: mine\ndescription: my own\nmodel: {kind: mu, width: 8}\n"
+        f"data: {{name: mine, path: '{tmp_path / 'mine.npz'}', classes: 2, input_size: [5], scale: 1.0}}\n"
+        "train: {epochs: 3, batch_size: 4, lr: 0.1}\n"
+    )
+    return tmp_path / "run"
+
+
+def test_no_data_is_not_run_and_a_mismatch_outweighs_it(pizoo_command, card, tmp_path):
+    run = own_run(tmp_path)
+    assert pizoo_command("train", tmp_path / "mine.yaml", "--out", run).code == 0
+    assert pizoo_command("verify", run).code == 0
+    (tmp_path / "mine.npz").unlink()
+    shown = pizoo_command("verify", run)
+    assert shown.code == 3 and "mine.npz is not there" in shown.out
+    folder = card("digits_mu")
+    (folder / "probe.safetensors").write_bytes(b"")
+    assert pizoo_command("verify", run, folder, "--quick").code == 1
+
+
+def test_data_that_cannot_be_read_is_not_run_either(pizoo_command, tmp_path):
+    run = own_run(tmp_path)
+    pizoo_command("train", tmp_path / "mine.yaml", "--out", run)
+    (tmp_path / "mine.npz").write_bytes(b"not an archive")
+    shown = pizoo_command("verify", run.name, "digits_mu")
+    assert shown.code == 3 and "mine.npz is not an .npz" in shown.out and "verified" in shown.out
+
+
+def test_a_regressor_on_other_images_than_its_own_is_a_mismatch(pizoo_command, tmp_path):
+    own_run(tmp_path)
+    text = (
+        (tmp_path / "mine.yaml")
+        .read_text()
+        .partition("train:")[0]
+        .replace("mu, width: 8", "nngp, depth: 1, ridge: 0.1")
+    )
+    (tmp_path / "kernel.yaml").write_text(text)
+    assert pizoo_command("train", tmp_path / "kernel.yaml", "--out", tmp_path / "kernel").code == 0
+    assert pizoo_command("verify", tmp_path / "kernel").code == 0
+    with np.load(tmp_path / "mine.npz") as arrays:
+        changed = {**arrays, "train_images": arrays["train_images"] + 1}
+    np.savez(tmp_path / "mine.npz", **changed)
+    shown = pizoo_command("verify", tmp_path / "kernel")
+    assert shown.code == 1 and "fingerprint" in shown.out
+
+
+def test_a_training_has_no_probe_so_quick_is_not_run(pizoo_command, tmp_path):
+    run = own_run(tmp_path)
+    pizoo_command("train", tmp_path / "mine.yaml", "--out", run)
+    shown = pizoo_command("verify", run, "--quick")
+    assert shown.code == 3 and "no probe" in shown.out
+
+
+def test_a_training_without_a_test_part_is_not_run(pizoo_command, tmp_path):
+    run = own_run(tmp_path)
+    with np.load(tmp_path / "mine.npz") as arrays:
+        kept = {key: arrays[key] for key in ("train_images", "train_labels")}
+    np.savez(tmp_path / "mine.npz", **kept)
+    assert pizoo_command("train", tmp_path / "mine.yaml", "--out", run).code == 0
+    shown = pizoo_command("verify", run)
+    assert shown.code == 3 and "accuracy" in shown.out
+
+
+def test_quick_needs_no_data(pizoo_command, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise AssertionError("a data set was read")
+
+    monkeypatch.setattr("pizoo.zoo.load_dataset", refuse)
+    shown = pizoo_command("verify", "--quick", "digits_infpi", "digits_finpi", "digits_mu")
+    assert shown.code == 0, shown.out
+    assert shown.out.count("verified") == 3 and shown.out.count("probe") == 3
+
+
+@pytest.mark.parametrize(
+    ("published", "said", "plain", "strict"),
+    [(99.99, "below", 0, 1), (0.5, "above", 0, 0), (None, "reproduced", 0, 0)],
+)
+def test_strict_also_fails_on_a_training_below_the_published_number(
+    pizoo_command, card, tmp_path, published, said, plain, strict
+):
+    """The two questions are kept apart: the checkpoint is what it claims whatever the paper says."""
+    folder = card("digits_mu")
+    config, results = (json.loads((folder / name).read_text()) for name in ("config.json", "results.json"))
+    accuracy = results["mean_accuracy"] + 0.9 if published is None else published
+    config["recipe"]["published"] = {"accuracy": accuracy, "source": "a paper", "protocol": "a test part"}
+    if said == "below":
+        results["mean_accuracy"] = 90.0
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "results.json").write_text(json.dumps(results))
+    shown = pizoo_command("verify", folder, "--quick", "--json", tmp_path / "reports.json")
+    (report,) = json.loads((tmp_path / "reports.json").read_text())
+    assert (shown.code, report["status"], report["reproduction"]) == (plain, "verified", said)
+    assert pizoo_command("verify", folder, "--quick", "--strict").code == strict
+
+
+# reproduce
+
+
+def test_reproduce_makes_a_card_that_verifies(pizoo_command, tmp_path, monkeypatch):
+    from pizoo import recipes
+
+    recipe = recipes.load_recipe("digits_infpi", ("model.r=8", "data.subset=100", "train.epochs=2"))
+    monkeypatch.setattr(recipes, "load_recipe", lambda entry: recipe)
+    arguments = ("reproduce", "digits_infpi", "--seeds", 2, "--cards", "cards", "--runs", "trainings")
+    made = pizoo_command(*arguments)
+    assert made.code == 0, made.err
+    card = tmp_path / "cards" / "digits_infpi"
+    results = json.loads((card / "results.json").read_text())
+    assert f"{results['mean_accuracy']:.2f} ± {results['standard_error']:.2f} %, 2 runs" in made.out
+    assert [run["seed"] for run in results["seeds"]] == [0, 1]
+    assert sorted(path.name for path in (tmp_path / "trainings" / "digits_infpi").iterdir()) == ["seed-0", "seed-1"]
+    assert pizoo_command("verify", card).code == 0
+    assert pizoo_command("verify", card, "--quick").code == 0
+    assert pizoo.load(card).r == 8
+    before = {path.name: path.read_bytes() for path in card.iterdir()}
+    assert pizoo_command(*arguments).code == 0
+    assert before == {path.name: path.read_bytes() for path in card.iterdir()}
+
+
+# Errors
+
+
+def test_errors_are_one_line(pizoo_command, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("not a folder")
+    (tmp_path / "note.png").write_text("not an image")
+    pizoo_command("train", "digits_mu", *TINY, "--out", tmp_path / "run")
+    wrong = {
+        ("train", "digits_infpy"): 2,
+        ("train", "no/such.yaml"): 2,
+        ("train", "digits_mu", "--set", "train.epoch=1"): 2,
+        ("train", "digits_mu", "--set", "data.input_size=[8, 8]"): 2,
+        ("train", "digits_mu", "--set", "data.input_size=[d]"): 2,
+        ("train", "cifar10_mu"): 2,
+        ("train", "digits_mu", *TINY, "--out", tmp_path / "file"): 2,
+        ("train", "digits_mu", *TINY, "--set", "train.lr=0.375", "--out", tmp_path / "run"): 1,
+        ("train", "digits_mu", *TINY, "--device", "toaster"): 1,
+        ("evaluate", tmp_path / "run", "--epoch", 9): 1,
+        ("evaluate", tmp_path): 1,
+        ("predict", "digits_mu", tmp_path / "note.png"): 2,
+        ("data", "prepare", "cifar11"): 2,
+    }
+    for arguments, code in wrong.items():
+        shown = pizoo_command(*arguments)
+        assert (shown.code, one_line(shown.err)) == (code, True), (arguments, shown.code, shown.err)
+
+
+def test_errors_keep_the_brackets_of_shapes_and_paths(pizoo_command, tmp_path):
+    """Brackets are markup to the library that prints."""
+    folder = tmp_path / "[red]" / "[d]"
+    folder.mkdir(parents=True)
+    shown = pizoo_command("evaluate", folder)
+    assert str(folder) in shown.err and one_line(shown.err)
+
+
+def test_a_training_that_diverges_says_so_in_one_line(pizoo_command, tmp_path):
+    diverging = ("--set", "train.lr=1000.0", "--set", "train.clip.max_norm=null", "--set", "train.loss=mse")
+    shown = pizoo_command("train", "digits_mu", *TINY, *diverging, "--out", tmp_path / "run")
+    assert shown.code == 1 and one_line(shown.err) and "not finite" in shown.err
+
+
+def test_a_download_that_fails_says_so_in_one_line(pizoo_command, monkeypatch):
+    def unreachable(*args, **kwargs):
+        raise OSError("no network")
+
+    monkeypatch.setattr("torchvision.datasets.CIFAR10", unreachable)
+    shown = pizoo_command("data", "prepare", "cifar10")
+    assert shown.code == 1 and one_line(shown.err) and "no network" in shown.err
+
+
+def test_it_runs_as_a_module():
+    done = subprocess.run([sys.executable, "-m", "pizoo.cli", "verify", "nonsense"], capture_output=True, text=True)
+    assert done.returncode == 2 and one_line(done.stderr)

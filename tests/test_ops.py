@@ -1,0 +1,290 @@
+"""The growing layer's ops against their definition, over shapes, dtypes and scales.
+
+Errors are relative Frobenius errors against the reference in float64 on the same rounded inputs. The fused kernels run
+natively where there is a CUDA device, else in Triton's interpreter, in a process of its own: it must be chosen before
+Triton is imported for the first time.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+from concurrent.futures import ProcessPoolExecutor
+from typing import NamedTuple
+
+import pytest
+import torch
+
+from pizoo import ops
+from pizoo.functional import unit
+from pizoo.ops import blocked, reference
+
+CUDA = torch.cuda.is_available()
+DEVICE = torch.device("cuda" if CUDA else "cpu")
+OPS = ("growing_forward", "growing_backward", "growing_forward_jacobian")
+# Coefficients are rounded to the rows' dtype; a few rows may cancel by chance, which makes the rest look larger.
+TOLERANCE = {torch.float16: 4e-3, torch.bfloat16: 4e-2, torch.float32: 1e-5, torch.float64: 1e-12}
+
+
+class Case(NamedTuple):
+    """Shapes, dtype and scales of one comparison."""
+
+    M: int
+    r: int
+    r_out: int
+    b: int
+    dtype: torch.dtype = torch.float16
+    amult: float = 1.0
+    A: float = 1.0
+    unused: int = 0  # rows of capacity beyond those in use, filled with NaN
+    stride: int = 0  # columns in memory, at least r_out
+
+
+def rows(case: Case, device: torch.device = DEVICE, seed: int = 0) -> tuple:
+    """Random gbar, A, B, amult, delta and count of a case."""
+    generator = torch.Generator(device).manual_seed(seed)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator, device=device)
+
+    capacity, short = case.M + case.unused, torch.promote_types(case.dtype, torch.float32)
+    gbar = unit(normal(case.b, case.r).to(short))[0]
+    A = (normal(capacity, max(case.stride, case.r_out)) * case.A).to(case.dtype)
+    B = unit(normal(capacity, case.r))[0].to(case.dtype)
+    amult = (normal(capacity) * case.amult).to(short)
+    for part in (A, B, amult):
+        part[case.M :] = torch.nan
+    A[:, case.r_out :] = torch.nan
+    count = torch.tensor([case.M], device=device) if case.unused else None
+    return gbar, A[:, : case.r_out], B, amult, normal(case.b, case.r_out).to(short), count
+
+
+def call(module, op: str, gbar, A, B, amult, delta, count) -> tuple[torch.Tensor, ...]:
+    inputs = (gbar, A, B, amult, delta) if op == "growing_backward" else (gbar, A, B, amult)
+    result = getattr(module, op)(*inputs, count=count)
+    return result if isinstance(result, tuple) else (result,)
+
+
+def error(result: tuple[torch.Tensor, ...], expected: tuple[torch.Tensor, ...]) -> float:
+    """Largest relative error; infinite if anything is not finite."""
+    pairs = zip(result, expected, strict=True)
+    errors = [float((x.double() - y).norm() / y.norm().clamp(min=1e-30)) for x, y in pairs]
+    return max(errors) if all(e == e for e in errors) else float("inf")
+
+
+def expected(op: str, gbar, A, B, amult, delta, count) -> tuple[torch.Tensor, ...]:
+    return call(reference, op, gbar.double(), A.double(), B.double(), amult.double(), delta.double(), count)
+
+
+def errors_of(module, case: Case) -> dict[str, float]:
+    inputs = rows(case)
+    names = OPS if case.r_out <= 16 else OPS[:2]
+    return {op: error(call(module, op, *inputs), expected(op, *inputs)) for op in names}
+
+
+def fused_errors(case: Case) -> dict[str, float]:
+    from pizoo.ops import triton
+
+    return errors_of(triton, case)
+
+
+def fused_met_again(r: int, r_out: int) -> float:
+    """Error where samples meet their own row (q = 1), its opposite (q = -1) and orthogonal ones."""
+    from pizoo.ops import triton
+
+    eye = torch.eye(r, device=DEVICE)
+    torch.manual_seed(0)
+    A, amult, delta = (torch.randn(*shape, device=DEVICE) for shape in ((2 * r, r_out), (2 * r,), (r, r_out)))
+    inputs = (eye, A.half(), torch.cat([eye, -eye]).half(), amult, delta, None)
+    return max(error(call(triton, op, *inputs), expected(op, *inputs)) for op in OPS)
+
+
+def fused_is_deterministic(case: Case) -> bool:
+    from pizoo.ops import triton
+
+    inputs = rows(case)
+    return all(
+        torch.equal(x, y)
+        for op in OPS
+        for x, y in zip(call(triton, op, *inputs), call(triton, op, *inputs), strict=True)
+    )
+
+
+@pytest.fixture(scope="module")
+def fused():
+    """Call a function of this module where the fused kernels run."""
+    if CUDA:
+        yield lambda function, *args: function(*args)
+        return
+    before = os.environ.get("TRITON_INTERPRET")
+    os.environ["TRITON_INTERPRET"] = "1"
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        pool.submit(os.getpid).result()
+        os.environ.pop("TRITON_INTERPRET") if before is None else os.environ.update(TRITON_INTERPRET=before)
+        yield lambda function, *args: pool.submit(function, *args).result()
+
+
+half, single, brain = torch.float16, torch.float32, torch.bfloat16
+# Pairwise over r, r_out, batch, M and dtype; scales, unused capacity and padding spread over them.
+CASES = [
+    Case(1, 400, 400, 8, half),
+    Case(63, 401, 10, 1, half, stride=16),
+    Case(64, 7, 250, 80, half, amult=1e-6),
+    Case(65, 200, 1, 33, half, A=1e-6),
+    Case(4097, 100, 400, 16, half, amult=4.0),
+    Case(1, 1, 10, 16, half),
+    Case(63, 400, 250, 8, half, amult=1e-6, A=1e-6, unused=70),
+    Case(64, 200, 400, 80, half, unused=1),
+    Case(65, 401, 250, 33, half, amult=4.0),
+    Case(4097, 400, 10, 8, half, A=1e-6, unused=3, stride=16),
+    Case(64, 100, 10, 1, half, amult=1e-6, A=1e-6),
+    Case(65, 1, 1, 8, half, unused=64),
+    Case(63, 7, 1, 16, half, amult=4.0, A=1e-6),
+    Case(1, 400, 10, 8, single),
+    Case(63, 400, 400, 16, single, unused=1),
+    Case(64, 401, 400, 33, single, A=1e-6),
+    Case(65, 7, 10, 80, single, amult=1e-6, stride=16),
+    Case(4097, 1, 250, 1, single),
+    Case(64, 200, 250, 8, single, unused=66),
+    Case(65, 100, 1, 8, single, amult=4.0),
+]
+GRID = [
+    Case(M, r, r_out, b, dtype, unused=M % 3)
+    for i, M in enumerate((1, 63, 64, 65, 4097))
+    for j, r in enumerate((1, 7, 100, 200, 400, 401))
+    for k, r_out in enumerate((1, 10, 250, 400))
+    for l, b in enumerate((1, 8, 16, 33, 80))
+    for n, dtype in enumerate((half, brain, single))
+    if (i + j + k + l + n) % 3 == 0
+]
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_fused_ops_match_the_definition(fused, case):
+    assert max(fused(fused_errors, case).values()) <= TOLERANCE[case.dtype]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not CUDA, reason="needs a CUDA device")
+@pytest.mark.parametrize("r", [1, 7, 100, 200, 400, 401])
+def test_fused_ops_match_the_definition_on_the_grid(r):
+    for case in GRID:
+        if case.r == r:
+            assert max(fused_errors(case).values()) <= TOLERANCE[case.dtype], case
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not CUDA, reason="needs a CUDA device")
+@pytest.mark.parametrize("scales", [(1.0, 1.0), (1e-6, 1.0), (4.0, 1.0), (1.0, 1e-6), (1e-6, 1e-6)])
+@pytest.mark.parametrize("r_out", [10, 400])
+def test_a_million_half_precision_rows(r_out, scales):
+    amult, A = scales
+    inputs = rows(Case(1_000_000, 400, r_out, 8, half, amult=amult, A=A, unused=100, stride=-(-r_out // 16) * 16))
+    for op in OPS[: 3 if r_out == 10 else 2]:
+        double = inputs[0].double(), *inputs[1:4], inputs[4].double(), inputs[5]
+        parts = [part.split(100_000) for part in double[1:4]]
+        total = None
+        for A_part, B_part, amult_part in zip(*(part[:10] for part in parts), strict=True):
+            terms = expected(op, double[0], A_part, B_part, amult_part, double[4], None)
+            total = terms if total is None else tuple(x + y for x, y in zip(total, terms, strict=True))
+        from pizoo.ops import triton
+
+        assert error(call(triton, op, *inputs), total) <= 1e-3
+
+
+def test_gradients_are_finite_where_a_sample_meets_its_own_row(fused):
+    assert fused(fused_met_again, 16, 10) <= TOLERANCE[half]
+
+
+def test_fused_ops_are_deterministic(fused):
+    assert fused(fused_is_deterministic, Case(300, 40, 10, 8))
+
+
+@pytest.mark.parametrize("dtype", [half, brain, single, torch.float64], ids=str)
+@pytest.mark.parametrize("shape", [(1, 1, 1, 1), (9000, 20, 10, 8), (8192, 7, 3, 33)], ids=str)
+def test_blocked_ops_match_the_definition(shape, dtype):
+    errors = errors_of(blocked, Case(*shape, dtype, unused=5, stride=16))
+    assert max(errors.values()) <= TOLERANCE[torch.float64 if dtype == torch.float64 else torch.float32]
+
+
+@pytest.mark.parametrize("module", [reference, blocked])
+def test_backward_is_the_gradient_of_forward(module):
+    _, A, B, amult, delta, _ = rows(Case(50, 5, 3, 4, torch.float64), torch.device("cpu"))
+    g = torch.randn(4, 5, dtype=torch.float64, requires_grad=True)
+    gbar, norm = unit(g)
+    (norm * reference.growing_forward(gbar, A, B, amult)).backward(delta)
+    torch.testing.assert_close(module.growing_backward(gbar.detach(), A, B, amult, delta), g.grad)
+
+
+@pytest.mark.parametrize("module", [reference, blocked])
+def test_jacobian_contracted_with_delta_is_backward(module):
+    gbar, A, B, amult, delta, _ = rows(Case(50, 5, 3, 4, torch.float64), torch.device("cpu"))
+    out, jacobian = module.growing_forward_jacobian(gbar, A, B, amult)
+    torch.testing.assert_close(out, reference.growing_forward(gbar, A, B, amult))
+    expected = reference.growing_backward(gbar, A, B, amult, delta)
+    torch.testing.assert_close(torch.einsum("bo,bor->br", delta, jacobian), expected)
+
+
+def test_use_forces_an_implementation(monkeypatch):
+    inputs = rows(Case(20, 5, 3, 4, single), torch.device("cpu"))[:4]
+    monkeypatch.setattr(reference, "growing_forward", lambda *args, **kwargs: "reference")
+    with ops.use("reference"):
+        assert ops.growing_forward(*inputs) == "reference"
+        with ops.use(None):
+            assert ops.growing_forward(*inputs) is not None
+    with pytest.raises(ValueError, match="must be one of"), ops.use("cuda"):
+        pass
+
+
+def test_without_kernels_plain_torch_runs_after_one_warning(monkeypatch):
+    from pizoo.ops import triton
+
+    monkeypatch.setattr(ops, "_failed", False)
+    monkeypatch.setattr(triton, "unavailable", lambda device: "no GPU")
+    ops._fused.cache_clear()
+    with pytest.warns(RuntimeWarning, match="plain torch runs instead: no GPU") as warned:
+        assert not ops._fused(torch.device("cuda", 0)) and not ops._fused(torch.device("cuda", 1))
+    assert len(warned) == 1
+    ops._fused.cache_clear()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not CUDA, reason="needs a CUDA device")
+def test_a_kernel_that_does_not_compile_is_replaced(monkeypatch):
+    from pizoo.ops import triton
+
+    def broken(*args, **kwargs):
+        raise RuntimeError("no compiler")
+
+    monkeypatch.setattr(ops, "_failed", False)
+    monkeypatch.setattr(triton, "growing_forward", broken)
+    gbar, A, B, amult, *_ = rows(Case(20, 5, 3, 4, single))
+    with pytest.warns(RuntimeWarning, match="no compiler"):
+        out = ops.growing_forward(gbar, A, B, amult)
+    torch.testing.assert_close(out, reference.growing_forward(gbar, A, B, amult))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not CUDA, reason="needs a CUDA device")
+def test_a_captured_launch_serves_a_growing_layer():
+    gbar, A, B, amult, delta, _ = rows(Case(5000, 100, 50, 8))
+    count = torch.tensor([700], device=DEVICE)
+    ops.growing_backward(gbar, A, B, amult, delta, count)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = ops.growing_backward(gbar, A, B, amult, delta, count)
+    for rows_in_use in (700, 5000, 1):
+        count.fill_(rows_in_use)
+        graph.replay()
+        assert error((result,), expected("growing_backward", gbar, A, B, amult, delta, count)) <= TOLERANCE[half]
+
+
+@pytest.mark.parametrize("wrong", ["B", "delta"])
+def test_wrong_shapes_are_named(wrong):
+    gbar, A, B, amult, delta, _ = rows(Case(20, 5, 3, 4, single), torch.device("cpu"))
+    if wrong == "B":
+        B = B[:, 1:]
+    else:
+        delta = delta[:, 1:]
+    with pytest.raises(ValueError, match=wrong):
+        ops.growing_backward(gbar, A, B, amult, delta)

@@ -1,0 +1,332 @@
+"""The zoo: cards say what recipes say, and one net is the same net through pizoo, timm and torch.hub."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from torch import nn
+
+import pizoo
+from pizoo import checkpoint, functional, zoo
+from pizoo.checkpoint import CheckpointError
+from pizoo.data import epoch_order, load_dataset
+from pizoo.models import FinPiMLP, InfPiMLP, KernelRegressor, MuMLP, NNGPRegressor
+from pizoo.optim import PiSGD, clip_grad_norm_, param_groups
+from pizoo.recipes import list_recipes, load_recipe
+
+REPOSITORY = Path(__file__).parent.parent
+LARGEST_FILE = 25 * 1000**2
+CLASSES = {"infpi": InfPiMLP, "finpi": FinPiMLP, "mu": MuMLP}
+ENTRIES = zoo.list_entries()
+SHIPPED = [entry for entry in ENTRIES if zoo.has_weights(entry)]
+NETS = [f"digits_{kind}" for kind in CLASSES]
+
+
+def timm_name(entry: str) -> str:
+    config = zoo.config(entry)
+    return f"{config['architecture']}.{config['pretrained_cfg']['tag']}"
+
+
+@pytest.fixture(scope="module")
+def digits():
+    """(normalised test images, labels) of split 0."""
+    dataset = load_dataset("digits")
+    return load_recipe("digits_infpi").data.normalize(dataset.test_x), dataset.test_y
+
+
+# Names
+
+
+def test_every_recipe_has_a_card_and_every_card_a_recipe():
+    assert list_recipes() == ENTRIES == pizoo.list_entries()
+
+
+def test_entries_are_listed_by_glob():
+    assert pizoo.list_entries("digits_*") == [f"digits_{kind}" for kind in ("finpi", "infpi", "mu", "nngp", "ntk")]
+    assert pizoo.list_entries("*_infpi") == ["cifar10_infpi", "digits_infpi"]
+    assert pizoo.list_entries("digits_[im]*") == ["digits_infpi", "digits_mu"]
+    assert pizoo.list_entries("resnet*") == []
+
+
+def test_an_unknown_name_is_answered_with_the_nearest():
+    for function in (pizoo.load, pizoo.verify, pizoo.evaluate):
+        with pytest.raises(
+            zoo.UnknownEntryError, match=r"no entry is called 'digit_infpi'; did you mean 'digits_infpi'\?"
+        ):
+            function("digit_infpi")
+    with pytest.raises(zoo.UnknownEntryError, match=r"there are cifar10_finpi, .*digits_ntk"):
+        pizoo.load("zzz")
+
+
+def test_a_name_cannot_lead_out_of_the_cards_folder(tmp_path):
+    with pytest.raises(zoo.UnknownEntryError):
+        zoo.card("../recipes")
+    with pytest.raises(CheckpointError, match=r"config\.json does not exist"):
+        pizoo.load(tmp_path)
+
+
+# Cards and recipes
+
+
+@pytest.mark.parametrize("entry", ENTRIES)
+def test_a_card_says_what_the_recipe_says(entry):
+    config, recipe = zoo.config(entry), load_recipe(entry)
+    if zoo.has_weights(entry):
+        recipe = recipe.with_seed(json.loads((zoo.card(entry) / "results.json").read_text())["shipped_seed"])
+    own = {key: value for key, value in config.items() if key != "pizoo"}
+    assert own == json.loads(json.dumps(recipe.config(config["class_names"])))
+    described = json.loads(json.dumps(checkpoint.describe(recipe.build_model())))
+    found = {key: config["pizoo"][key] for key in described}
+    for description in (described, found):
+        description["hparams"].pop("train_fingerprint", None)
+    assert found == described
+    assert len(config["class_names"]) == config["num_classes"] == recipe.data.classes
+
+
+@pytest.mark.parametrize("entry", ENTRIES)
+def test_a_card_has_a_readme_that_names_the_entry_and_its_number(entry):
+    text = (zoo.card(entry) / "README.md").read_text()
+    assert text.startswith("---\n") and f'pizoo.load("{entry}")' in text and "license: mit" in text
+    if zoo.has_weights(entry):
+        assert f"**{json.loads((zoo.card(entry) / 'results.json').read_text())['accuracy']:.2f}**" in text
+    else:
+        assert f"pizoo train {entry}" in text and "No weights yet" in text
+
+
+@pytest.mark.parametrize("entry", SHIPPED)
+def test_shipped_files_are_small_and_are_the_ones_recorded(entry):
+    folder, digests = zoo.card(entry), zoo.config(entry)["pizoo"]["files"]
+    assert digests.keys() == {"model.safetensors", "probe.safetensors"}
+    for name, digest in digests.items():
+        assert checkpoint.sha256(folder / name) == digest
+    assert all(path.stat().st_size <= LARGEST_FILE for path in folder.iterdir())
+    allowed = {"README.md", "config.json", "model.safetensors", "probe.safetensors", "results.json"}
+    assert {path.name for path in folder.iterdir()} == allowed
+
+
+@pytest.mark.parametrize("entry", SHIPPED)
+def test_recorded_numbers_hang_together(entry):
+    results = json.loads((zoo.card(entry) / "results.json").read_text())
+    recipe = load_recipe(entry)
+    seeds = results["seeds"]
+    assert [run["seed"] for run in seeds] == list(range(recipe.seeds))
+    shipped = next(run for run in seeds if run["seed"] == results["shipped_seed"])
+    assert results["entry"] == entry and results["accuracy"] == pytest.approx(shipped["accuracy"])
+    assert results["mean_accuracy"] == pytest.approx(sum(run["accuracy"] for run in seeds) / len(seeds))
+    if recipe.train is not None:
+        assert all(run["epochs"] == recipe.train.epochs for run in seeds)
+        assert len(results["history"]) == recipe.train.epochs
+        assert results["history"][-1]["test_accuracy"] == pytest.approx(results["accuracy"])
+
+
+@pytest.mark.parametrize("entry", [entry for entry in SHIPPED if entry.startswith("digits_")])
+def test_what_ships_verifies_and_classifies_digits(entry):
+    report = pizoo.verify(entry, device="cpu")
+    assert (report.status, report.reason) == ("verified", "")
+    assert report.measured == pytest.approx(report.recorded, abs=0.05) and report.measured > 90
+    assert pizoo.verify(entry, device="cpu", quick=True).status == "verified" or "ntk" in entry or "nngp" in entry
+
+
+# Loading
+
+
+@pytest.mark.parametrize("entry", NETS)
+def test_a_net_loads_in_eval_mode_with_its_config(entry, digits):
+    model = pizoo.load(entry)
+    assert type(model) is CLASSES[entry.removeprefix("digits_")] and not model.training
+    assert model.config == zoo.config(entry) and model.pretrained_cfg["input_size"] == [1, 8, 8]
+    x, y = digits
+    assert (model(x).argmax(1) == y).double().mean() > 0.9
+
+
+@pytest.mark.parametrize("entry", ["digits_infpi", "cifar10_mu", "digits_ntk"])
+def test_untrained_nets_need_no_weights(entry):
+    model = pizoo.load(entry, pretrained=False)
+    assert model.config == zoo.config(entry)
+    if isinstance(model, KernelRegressor):
+        assert len(model.dual) == 0
+    else:
+        hparams = zoo.config(entry)["pizoo"]["hparams"]
+        assert model(torch.randn(2, hparams["d_in"])).shape == (2, hparams["d_out"])
+        assert checkpoint.describe(model)["hparams"] == hparams
+
+
+def test_dtype_and_device_reach_the_net():
+    for entry in NETS:
+        model = pizoo.load(entry, device=torch.device("cpu"), dtype=torch.float64)
+        assert {p.dtype for p in model.parameters()} == {torch.float64}
+    assert {p.device.type for p in pizoo.load("digits_mu", pretrained=False, device="meta").parameters()} == {"meta"}
+
+
+def test_an_entry_without_weights_says_how_to_get_them():
+    (entry, *_) = [entry for entry in ENTRIES if entry not in SHIPPED] or [None]
+    if entry is None:
+        pytest.skip("every entry has weights")
+    with pytest.raises(zoo.WeightsNotFoundError, match=rf"`pizoo train {entry}`.*pretrained=False"):
+        pizoo.load(entry)
+
+
+def test_a_training_loads_from_its_folder_at_any_epoch(tmp_path):
+    overrides = ("model.r=8", "data.subset=40", "train.epochs=2")
+    trained = pizoo.train("digits_infpi", tmp_path / "run", overrides=overrides, device="cpu")
+    x = torch.randn(3, 1, 8, 8)
+    for path in (tmp_path / "run", str(tmp_path / "run")):
+        torch.testing.assert_close(pizoo.load(path)(x), trained.model(x))
+        torch.testing.assert_close(pizoo.load(path, epoch=2)(x), trained.model(x))
+        first = pizoo.load(path, epoch=1)
+        assert first.output.count == trained.model.output.count - 40
+        assert first.config["recipe"] == trained.recipe.to_dict()
+    assert pizoo.evaluate(tmp_path / "run", epoch=1)["accuracy"] == trained.history[0]["test_accuracy"]
+
+
+def test_a_regressor_whose_images_ship_predicts_at_once(digits):
+    model = pizoo.load("digits_nngp")
+    x, y = digits
+    assert isinstance(model, NNGPRegressor) and (model(x).argmax(1) == y).double().mean() > 0.9
+
+
+# timm
+
+
+@pytest.mark.parametrize("entry", NETS)
+def test_timm_creates_the_same_net(entry, digits):
+    name = timm_name(entry)
+    assert name.endswith(".digits")
+    x = digits[0][:50]
+    created = timm.create_model(name, pretrained=True)
+    with torch.no_grad():
+        assert torch.equal(created.eval()(x), pizoo.load(entry)(x))
+    assert created.pretrained_cfg["mean"] == zoo.config(entry)["pretrained_cfg"]["mean"]
+
+
+def test_timm_lists_every_network_and_which_have_weights_under_their_tags():
+    names = [timm_name(entry) for entry in ENTRIES if zoo.config(entry)["architecture"]]
+    for name in names:
+        assert name.partition(".")[0] in timm.list_models("*pi_mlp_*") + timm.list_models("mu_mlp_*")
+    for entry in NETS:
+        assert timm_name(entry) in timm.list_models(pretrained=True)
+    assert not timm.list_models("*nngp*") and not timm.list_models("*ntk*")
+
+
+def test_timm_without_weights_or_with_something_it_does_not_take():
+    name = timm_name("digits_infpi")
+    assert timm.create_model(name.partition(".")[0]).output.count < pizoo.load("digits_infpi").output.count
+    with pytest.raises(TypeError, match="takes pretrained and num_classes; got drop_rate"):
+        timm.create_model(name, drop_rate=0.5)
+
+
+@pytest.mark.parametrize("entry", NETS)
+@pytest.mark.parametrize("k", [3, 12])
+def test_another_number_of_classes_is_a_fresh_read_out_on_the_same_features(entry, k, digits):
+    x = digits[0][:20]
+    loaded = pizoo.load(entry)
+    created = timm.create_model(timm_name(entry), pretrained=True, num_classes=k).eval()
+    reset = pizoo.load(entry)
+    reset.reset_classifier(k)
+    for model in (created, reset):
+        with torch.no_grad():
+            assert model(x).shape == (20, k) and model.num_classes == model.hparams["d_out"] == k
+            assert torch.equal(model.features(x), loaded.features(x))
+    rebuilt = checkpoint.build(checkpoint.describe(reset))
+    rebuilt.load_state_dict(reset.state_dict())
+
+
+# torch.hub
+
+
+def test_torch_hub_lists_and_explains_every_entry(monkeypatch):
+    # These two know GitHub only: let the clone that they would make be this one.
+    monkeypatch.setattr(torch.hub, "_get_cache_or_reload", lambda *args, **kwargs: str(REPOSITORY))
+    assert sorted(torch.hub.list("owner/pizoo")) == ENTRIES
+    text = torch.hub.help("owner/pizoo", "digits_infpi")
+    assert zoo.config("digits_infpi")["recipe"]["description"] in text and "pretrained" in text
+
+
+def test_torch_hub_loads_the_same_nets(digits):
+    x = digits[0][:20]
+    for entry in (*NETS, "digits_ntk"):
+        model = torch.hub.load(str(REPOSITORY), entry, source="local", pretrained=True)
+        with torch.no_grad():
+            assert torch.equal(model(x), pizoo.load(entry)(x))
+    untrained = torch.hub.load(str(REPOSITORY), "cifar10_infpi", source="local", pretrained=False, dtype=torch.float64)
+    assert untrained.input.A.dtype == torch.float64
+
+
+def test_importing_pizoo_imports_nothing_that_only_recipes_training_or_plots_need():
+    code = """
+import sys, timm, huggingface_hub, safetensors, opt_einsum
+before = set(sys.modules)
+import pizoo, hubconf
+new = {name.partition(".")[0] for name in set(sys.modules) - before}
+print(sorted(new & {"yaml", "pydantic", "typer", "rich", "matplotlib", "sklearn"}))
+print(sorted({"pydantic", "typer", "matplotlib", "sklearn"} & set(sys.modules)))
+print([name for name in sys.modules if name.startswith(("pizoo.recipes", "pizoo.training", "pizoo.cli"))])
+assert set(pizoo.__all__) <= set(dir(pizoo))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=REPOSITORY)
+    assert done.stdout.split("\n")[:3] == ["[]", "[]", "[]"], done.stdout + done.stderr
+
+
+# Features and fine-tuning
+
+
+@pytest.mark.parametrize("entry", NETS)
+def test_the_feature_kernel_is_symmetric_and_positive_and_what_its_formula_says(entry, digits):
+    model, x, y = pizoo.load(entry), digits[0][:40], digits[0][40:70]
+    K = pizoo.feature_kernel(model, x, batch_size=16)
+    assert K.shape == (40, 40)
+    torch.testing.assert_close(K, K.T)
+    assert torch.linalg.eigvalsh(K.double()).min() > -1e-5
+    torch.testing.assert_close(K.diagonal(), torch.full((40,), 0.5))
+    with torch.no_grad():
+        formula = (
+            functional.feature_kernel_from_preactivations
+            if isinstance(model, InfPiMLP)
+            else functional.feature_kernel_from_postactivations
+        )
+        wanted = formula(model.features(x), model.features(y))
+    torch.testing.assert_close(pizoo.feature_kernel(model, x, y), wanted)
+    torch.testing.assert_close(pizoo.feature_kernel(model, x, y), pizoo.feature_kernel(model, y, x).T)
+
+
+def test_the_feature_kernel_leaves_the_mode_and_refuses_what_has_no_features(digits):
+    model = pizoo.load("digits_mu").train()
+    pizoo.feature_kernel(model, digits[0][:4])
+    assert model.training
+    with pytest.raises(TypeError, match="NNGPRegressor"):
+        pizoo.feature_kernel(pizoo.load("digits_nngp"), digits[0][:4])
+
+
+@pytest.mark.parametrize("entry", NETS)
+def test_fine_tuning_with_the_ordinary_loop_lowers_the_loss_and_appends_rows(entry):
+    """Zeros against the rest: a new read-out, then a few steps on 64 digits."""
+    dataset = load_dataset("digits", subset=64)
+    model = pizoo.load(entry)
+    torch.manual_seed(0)
+    model.reset_classifier(2)
+    x, y = zoo.preprocessing(model.config)(dataset.train_x), (dataset.train_y > 0).long()
+    before = {name: layer.count for name, layer in checkpoint.growing_layers(model).items()}
+    settings = model.config["recipe"]["train"]
+    multipliers = {key: settings[key] for key in ("first_layer_lr_mult", "last_layer_lr_mult", "bias_lr_mult")}
+    optimizer = PiSGD(param_groups(model, lr=0.1, **multipliers), lr=0.1)
+    with torch.no_grad():
+        start = nn.functional.cross_entropy(model(x), y).item()
+    model.train()
+    for epoch in range(4):
+        for batch in epoch_order(64, 0, epoch).split(16):
+            nn.functional.cross_entropy(model(x[batch]), y[batch]).backward()
+            clip_grad_norm_(model, 0.4, per_param=True)
+            optimizer.step()
+            optimizer.zero_grad()
+    model.eval()
+    with torch.no_grad():
+        assert nn.functional.cross_entropy(model(x), y).item() < 0.9 * start
+    assert {name: layer.count for name, layer in checkpoint.growing_layers(model).items()} == {
+        name: count + 4 * 64 for name, count in before.items()
+    }
