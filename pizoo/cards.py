@@ -9,11 +9,15 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from pizoo import checkpoint
+from pizoo.data import ASSETS, dataset_path
 from pizoo.recipes import Recipe
 
 PAPER = "https://openreview.net/forum?id=tUMr0Iox8XW"
 TAGS = ["pi-net", "infinite-width", "image-classification"]
 UNTRAINED = "No weights yet: `pizoo train {entry}` trains them, `pizoo.load` then takes the folder it writes."
+VERIFY = "`pizoo verify {entry}` re-measures the number below"
+VERIFY_QUICK = VERIFY + "; `pizoo verify --quick {entry}` checks the weights alone."
+VERIFY_FULL = VERIFY + ", and needs the training images, from which kernel regressors predict."
 DATASETS = {"cifar10": "CIFAR-10", "digits": "scikit-learn digits"}
 
 TEMPLATE = (
@@ -31,7 +35,7 @@ import pizoo
 model = pizoo.load("{{ entry }}")
 ```
 
-`pizoo verify {{ entry }}` re-measures the number below; `pizoo verify --quick {{ entry }}` checks the weights alone.
+{{ verification }}
 
 ## Numbers
 
@@ -59,8 +63,8 @@ def write_config(folder: Path, recipe: Recipe, class_names: Sequence[str]) -> No
     """
     if (folder / checkpoint.MODEL).exists():
         raise checkpoint.CheckpointError(f"{folder} has weights; its {checkpoint.CONFIG} is written together with them")
-    described = {"format": checkpoint.FORMAT, **checkpoint.describe(recipe.build_model()), "files": {}}
-    checkpoint.write_json(folder / checkpoint.CONFIG, {**recipe.config(class_names), "pizoo": described})
+    config = checkpoint.complete(recipe.config(class_names), recipe.build_model(), {})
+    checkpoint.write_json(folder / checkpoint.CONFIG, config)
 
 
 def write_card(folder: Path) -> Path:
@@ -96,11 +100,15 @@ def write_card(folder: Path) -> Path:
 
 
 def _write(folder: Path, data: ModelCardData, recipe: dict[str, Any], numbers: str, training: str) -> Path:
+    # Kernel regressors have no quick check unless their training images ship.
+    name, path = recipe["data"]["name"], recipe["data"]["path"]
+    images_needed = recipe["train"] is None and not (path is None and dataset_path(name).is_relative_to(ASSETS))
     card = ModelCard.from_template(
         data,
         template_str=TEMPLATE,
         entry=recipe["entry"],
         description=recipe["description"],
+        verification=(VERIFY_FULL if images_needed else VERIFY_QUICK).format(entry=recipe["entry"]),
         numbers=numbers,
         training=training,
     )

@@ -2,7 +2,7 @@
 
 A shipped net::
 
-    config.json         what builds the net, its preprocessing and class names, SHA-256 of the files below
+    config.json         what builds the net and its preprocessing, under a SHA-256; class names; SHA-256 of the files below
     model.safetensors   its state
     probe.safetensors   a few dozen inputs with the net's logits: checks the weights in a second, without a data set
     results.json        the recorded numbers
@@ -10,9 +10,9 @@ A shipped net::
 A net while it trains (and after: any epoch can be loaded)::
 
     config.json
-    checkpoint.json           the manifest: epochs, and the segments each is made of, with SHA-256
+    checkpoint.json           the manifest: epochs, and the segments each is made of, with SHA-256, its own included
     rows-00000.safetensors    A and B of the rows the net started with; then one immutable segment an epoch, its new rows
-    state-00001.safetensors   what else an epoch's net is: input layer, biases, amult, optimizer
+    state-00001.safetensors   what else an epoch's net is: input layer, biases, amult and its decay factor, optimizer
 
 A finite net has no segments, and its state files hold all of it. Every file is written under a temporary name, flushed and
 renamed, the manifest last: whatever interrupts a save, the epochs before it stay loadable.
@@ -25,7 +25,8 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,7 @@ CONFIG, MANIFEST, MODEL, PROBE, RESULTS = (
     "probe.safetensors",
     "results.json",
 )
+LOCK = "train.lock"
 NETWORKS = {cls.__name__: cls for cls in (models.InfPiMLP, models.FinPiMLP, models.MuMLP)}
 REGRESSORS = {cls.__name__: cls for cls in (models.NNGPRegressor, models.NTKRegressor)}
 
@@ -73,6 +75,7 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
+        _flush_names(path.parent)
     except (OSError, SafetensorError) as error:
         # safetensors reports what the system said as text alone.
         if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error):
@@ -82,6 +85,15 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
         raise
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _flush_names(folder: Path) -> None:
+    """Flush a folder itself to disk: without it a power cut may undo a rename."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -137,6 +149,11 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def json_sha256(value: Any) -> str:
+    """SHA-256 of a JSON value, written with sorted keys and no spaces."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
 # ---------------------------------------------------------------------------------------------------- nets
 
 
@@ -146,6 +163,26 @@ def describe(model: nn.Module) -> dict[str, Any]:
     if rows := next((module for module in model.modules() if isinstance(module, Rows)), None):
         described["rows_dtype"] = str(rows.A.dtype).removeprefix("torch.")
     return described
+
+
+def complete(config: Mapping[str, Any], model: nn.Module, files: Mapping[str, str]) -> dict[str, Any]:
+    """``config`` with what builds ``model``, the SHA-256 of ``files``, and the one of what decides the net's function."""
+    found = {**config, "pizoo": {"format": FORMAT, **describe(model), "files": dict(files)}}
+    found["pizoo"]["sha256"] = config_digest(found)
+    return found
+
+
+def config_digest(config: Mapping[str, Any]) -> str:
+    """SHA-256 of what decides a net's function and what it is measured on: hyper-parameters, data and preprocessing.
+
+    All else may be edited: descriptions, class names, published numbers, and where somebody's own data lie.
+    """
+    built = {key: config["pizoo"].get(key) for key in ("class", "hparams", "rows_dtype")}
+    recipe = config.get("recipe")
+    data = recipe.get("data") if isinstance(recipe, dict) else None
+    if isinstance(data, dict):
+        data = {key: value for key, value in data.items() if key != "path"}
+    return json_sha256({**built, "data": data})
 
 
 def build(description: Mapping[str, Any], device=None, dtype: torch.dtype | None = None) -> nn.Module:
@@ -186,9 +223,10 @@ def save(folder: Path, model: nn.Module, config: Mapping[str, Any], probe_x: Ten
             MODEL: write_tensors(staged / MODEL, model.state_dict()),
             PROBE: write_tensors(staged / PROBE, {"x": probe_x, "logits": probe_logits}),
         }
-        write_json(staged / CONFIG, {**config, "pizoo": {"format": FORMAT, **describe(model), "files": digests}})
+        write_json(staged / CONFIG, complete(config, model, digests))
         for name in (MODEL, PROBE, CONFIG):
             os.replace(staged / name, folder / name)
+        _flush_names(folder)
 
 
 @torch.no_grad()
@@ -208,10 +246,14 @@ def read_config(folder: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: none there, damaged, or of another version of the format.
     """
-    config = read_json(folder / CONFIG)
-    _check_format(
-        folder / CONFIG, config.get("pizoo") if isinstance(config, dict) else None, "class", "hparams", "files"
-    )
+    config, path = read_json(folder / CONFIG), folder / CONFIG
+    found = config.get("pizoo") if isinstance(config, dict) else None
+    _check_format(path, found, "class", "hparams", "files", "sha256")
+    if found["sha256"] != config_digest(config):
+        raise CheckpointError(
+            f"{path}: its class, hparams, rows_dtype or recipe.data are not those it was written with: it is damaged, or "
+            "was changed by hand"
+        )
     return config
 
 
@@ -267,12 +309,12 @@ class Epoch:
 
     def __init__(self, record: dict[str, Any], tensors: dict[str, Tensor], segments: list[dict[str, Tensor]]):
         self.record = record
-        parts = {"model": {}, "amult": {}, "optimizer": {}}
+        parts = {"model": {}, "amult": {}, "decay": {}, "optimizer": {}}
         for name, tensor in tensors.items():
             kind, _, rest = name.partition("/")
             parts[kind][rest] = tensor
         self.optimizer: dict[str, Tensor] = parts["optimizer"]
-        self.stored = {layer: (amult, record["layers"][layer]["decay"]) for layer, amult in parts["amult"].items()}
+        self.stored = {layer: (amult, parts["decay"][layer].item()) for layer, amult in parts["amult"].items()}
         self.model_state: dict[str, Tensor] = parts["model"]
         for layer, (amult, decay) in self.stored.items():
             for part in ("A", "B"):
@@ -281,16 +323,39 @@ class Epoch:
             self.model_state[f"{layer}.amult"] = amult * decay
 
 
+@contextmanager
+def training_lock(folder: Path | None) -> Iterator[None]:
+    """Keep a training folder (None: nothing) to this process; the lock ends with the process, however that ends.
+
+    Raises:
+        CheckpointError: another process trains in this folder.
+    """
+    if folder is None:
+        yield
+        return
+    import fcntl  # not on Windows, where loading works
+
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / LOCK, "a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise CheckpointError(
+                f"{folder} is in use: another process trains there; wait for it, or choose another folder"
+            ) from None
+        yield
+
+
 def growing_layers(model: nn.Module) -> dict[str, Rows]:
     return {name: module for name, module in model.named_modules() if isinstance(module, Rows)}
 
 
 def start_training(folder: Path, model: nn.Module, config: Mapping[str, Any]) -> None:
     """Begin a training checkpoint in an empty folder: config, first segment, manifest."""
-    write_json(folder / CONFIG, {**config, "pizoo": {"format": FORMAT, **describe(model), "files": {}}})
+    write_json(folder / CONFIG, complete(config, model, {}))
     manifest = {"format": FORMAT, "epochs": [], "segments": []}
     _write_segment(folder, model, manifest)
-    write_json(folder / MANIFEST, manifest)
+    _write_manifest(folder, manifest)
 
 
 def save_epoch(
@@ -314,18 +379,18 @@ def save_epoch(
     rows = {f"{name}.{part}" for name in layers for part in ("A", "B", "amult")}
     tensors = {f"model/{name}": tensor for name, tensor in persistent_tensors(model) if name not in rows}
     tensors |= {f"amult/{name}": layer.stored_amult for name, layer in layers.items()}
+    tensors |= {f"decay/{name}": torch.tensor(layer.decay, dtype=torch.float64) for name, layer in layers.items()}
     tensors |= {f"optimizer/{name}": tensor for name, tensor in optimizer.items()}
     state = f"state-{record['epoch']:05d}.safetensors"
     entry = {
         **record,
         "state": {"file": state, "sha256": write_tensors(folder / state, tensors)},
-        "layers": {name: {"rows": layer.count, "decay": layer.decay} for name, layer in layers.items()},
         "segments": len(manifest["segments"]),
     }
     if not keep_states:
         manifest["epochs"] = [{**old, "state": None} for old in manifest["epochs"]]
     manifest["epochs"].append(entry)
-    write_json(folder / MANIFEST, manifest)
+    _write_manifest(folder, manifest)
     if not keep_states:
         for file in folder.glob("state-*.safetensors"):
             if file.name != state:
@@ -334,8 +399,14 @@ def save_epoch(
 
 def read_manifest(folder: Path) -> dict[str, Any]:
     manifest = read_json(folder / MANIFEST)
-    _check_format(folder / MANIFEST, manifest, "epochs", "segments")
+    _check_format(folder / MANIFEST, manifest, "epochs", "segments", "sha256")
+    if manifest.pop("sha256") != json_sha256(manifest):
+        raise CheckpointError(f"{folder / MANIFEST} is not as it was written: it is damaged, or was changed by hand")
     return manifest
+
+
+def _write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
+    write_json(folder / MANIFEST, {**manifest, "sha256": json_sha256(manifest)})
 
 
 def read_epoch(folder: Path, epoch: int | None = None) -> Epoch:

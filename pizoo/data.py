@@ -489,7 +489,7 @@ def _arrays(
     try:
         archive = np.load(path, allow_pickle=False)
     except broken as error:
-        raise ValueError(f"{path} is not an .npz of plain arrays: {error}") from error
+        raise ValueError(f"{path} is not an .npz of plain arrays{_why(error)}") from error
     if not isinstance(archive, np.lib.npyio.NpzFile):
         raise ValueError(f"{path} holds one array; it must be an .npz with the keys {', '.join(required)}")
     with archive:
@@ -504,8 +504,13 @@ def _arrays(
                 if key in archive.files:
                     arrays[key] = archive[key]
             except broken as error:
-                raise ValueError(f"{path}: {key} cannot be read as a plain array: {error}") from error
+                raise ValueError(f"{path}: {key} cannot be read as a plain array{_why(error)}") from error
     return arrays
+
+
+def _why(error: Exception) -> str:
+    """What numpy says of a file, without its advice to unpickle it."""
+    return "; it may hold Python objects, which are never loaded" if "pickle" in str(error) else f": {error}"
 
 
 def _channel_first(array: np.ndarray, where: str) -> Tensor:

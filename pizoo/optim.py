@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from pizoo.rows import GrowingWeight, Rows
 
 FOLD_DECAY_BELOW = 1e-4  # from here on the decay factor is multiplied into amult, long before float32 would suffer
+SMALLEST_THRESHOLD = torch.finfo(torch.float32).tiny
 
 
 def param_groups(
@@ -262,10 +263,16 @@ def grad_norm(grad: Tensor | Any) -> Tensor:
 
 
 def clip_threshold(optimizer: torch.optim.Optimizer, max_norm: float) -> float:
-    """``max_norm`` scaled by how far the schedule has moved the learning rate: the threshold drops together with the lr."""
+    """``max_norm`` scaled by how far the schedule has moved the learning rate: the threshold drops together with the lr.
+
+    It stays above 0, which :func:`clip_grad_norm_` takes for no clipping: at a learning rate of 0 nothing passes, so that
+    no unclipped gradient enters a velocity.
+    """
     group = optimizer.param_groups[0]
     initial = group.get("initial_lr", group["lr"])
-    return max_norm * (group["lr"] / initial) if initial else max_norm
+    if not (max_norm and initial):
+        return max_norm
+    return max(max_norm * (group["lr"] / initial), SMALLEST_THRESHOLD)
 
 
 def _scale(param: nn.Parameter, norm: Tensor, max_norm: float) -> None:

@@ -3,7 +3,8 @@
 A file states only what differs from the part it ``extends``: a common part (``common/NAME.yaml``), an entry, or a file
 beside it (``NAME.yaml``). Mappings are merged key by key, anything else replaces; a mapping that names another
 ``model.kind`` or ``train.schedule.name`` replaces too, since the keys of the old kind mean nothing to the new one. What
-makes an entry that entry (its name, description and published number) is not passed on to what extends it.
+makes an entry that entry (its name, description and published number, what that number is over and how near is near
+enough) is not passed on to what extends it.
 
 An override, ``train.epochs=1``, is one more such mapping, merged last.
 """
@@ -34,6 +35,7 @@ NonNegative = Annotated[float, Field(ge=0, le=1e6)]
 Counts = Annotated[tuple[Count, ...], Strict(False)]
 
 
+ENTRYS_OWN = ("entry", "description", "published", "seeds", "tolerance")
 KERNELS = {"nngp": NNGPRegressor, "ntk": NTKRegressor}
 
 
@@ -226,6 +228,11 @@ class Train(_Part):
                 f"weight_decay: found {self.weight_decay}; lr * weight_decay * multiplier = {self.lr} * "
                 f"{self.weight_decay} * {mult} must be below 1, or a step turns the sign of what it decays"
             )
+        if self.momentum and self.weight_decay and not self.apply_lr_mult_to_wd and any(m != 1 for m in mults):
+            raise ValueError(
+                f"apply_lr_mult_to_wd: found false; must be true with momentum {self.momentum}, which applies weight decay "
+                "through the velocity, multipliers included"
+            )
         return self
 
 
@@ -341,7 +348,11 @@ class Recipe(_Part):
             "classifier": "output" if isinstance(self.model, InfPi) else f"layers.{self.model.hidden_layers}",
             "license": "mit",
         }
-        return {**common, "num_features": getattr(self.model, "width", None) or self.model.r, "pretrained_cfg": pretrained_cfg}
+        return {
+            **common,
+            "num_features": getattr(self.model, "width", None) or self.model.r,
+            "pretrained_cfg": pretrained_cfg,
+        }
 
     def to_dict(self) -> dict[str, Any]:
         """Every field, defaults filled in, as plain JSON-able values."""
@@ -459,7 +470,7 @@ def _read(path: Path, chain: tuple[Path, ...] = ()) -> dict[str, Any]:
         parent_path = _named(base, entries | common, f"{path}: extends: no recipe or common part is called")
     parent = _read(parent_path, (*chain, path))
     if parent_path not in common.values():
-        parent = {key: value for key, value in parent.items() if key not in ("entry", "description", "published")}
+        parent = {key: value for key, value in parent.items() if key not in ENTRYS_OWN}
     return _merge(parent, raw)
 
 

@@ -15,6 +15,10 @@ from torch import Tensor, nn
 
 from pizoo.functional import relu_kernel
 
+NO_TENSOR = (
+    "the gradient of a growing layer is not a tensor but the rows that a step appends; step with pizoo.optim.PiSGD, clip with "
+    "pizoo.optim.clip_grad_norm_"
+)
 GROWTH = 1.5  # room made at once when nothing was reserved: appending stays linear in the rows appended
 
 
@@ -85,6 +89,12 @@ class PendingRows:
 
     def apply(self, fn) -> PendingRows:
         return PendingRows(fn(self.A), fn(self.B))
+
+    def __getattr__(self, name: str):
+        raise AttributeError(f"PendingRows has no {name!r}: {NO_TENSOR}")
+
+    def __repr__(self) -> str:
+        return f"PendingRows({len(self)} rows: {NO_TENSOR})"
 
     # What nn.Module.zero_grad(set_to_none=False) does to a gradient.
     def requires_grad_(self, requires_grad: bool = True) -> PendingRows:

@@ -61,12 +61,14 @@ def card(entry: str) -> Path:
     return cards_dir() / entry
 
 
-def unknown(entry: str) -> UnknownEntryError:
-    """The error for a name (or pattern) that no entry has; it offers the nearest."""
-    names = list_entries()
-    near = difflib.get_close_matches(entry, names, n=1)
+def unknown(entry: str | os.PathLike) -> UnknownEntryError:
+    """The error for what is no entry's name (or pattern) and no folder; it offers the nearest name."""
+    name, names = os.fspath(entry), list_entries()
+    near = difflib.get_close_matches(name, names, n=1)
     hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(names)}"
-    return UnknownEntryError(f"no entry is called {entry!r}; {hint}")
+    if not isinstance(entry, str) or Path(name).name != name:
+        return UnknownEntryError(f"{name!r} is neither an entry nor a folder; {hint}")
+    return UnknownEntryError(f"no entry is called {name!r}; {hint}")
 
 
 def folder_of(entry: str | os.PathLike) -> Path:
@@ -75,10 +77,11 @@ def folder_of(entry: str | os.PathLike) -> Path:
     Raises:
         UnknownEntryError: neither an entry nor a folder.
     """
-    path = Path(entry)
-    if isinstance(entry, str) and (entry in list_entries() or not path.is_dir()):
+    if isinstance(entry, str) and entry in list_entries():
         return card(entry)
-    return path
+    if not Path(entry).is_dir():
+        raise unknown(entry)
+    return Path(entry)
 
 
 def config(entry: str) -> dict[str, Any]:
@@ -112,7 +115,7 @@ def load(
         predicts (``attach``); where those ship with the package, it has them.
 
     Raises:
-        UnknownEntryError: no such entry.
+        UnknownEntryError: neither an entry nor a folder.
         WeightsNotFoundError: its weights are not here.
         CheckpointError: a checkpoint that is damaged or not what it claims.
     """
@@ -189,9 +192,9 @@ def _register_with_timm() -> None:
 
 def _timm_entrypoint(architecture: str, entries: dict[str, str]) -> Callable[..., nn.Module]:
     def create(pretrained: bool = False, pretrained_cfg=None, num_classes: int | None = None, **kwargs) -> nn.Module:
-        unknown = {key for key, value in kwargs.items() if value is not None} - {"pretrained_cfg_overlay", "cache_dir"}
-        if unknown:
-            raise TypeError(f"{architecture} takes pretrained and num_classes; got {', '.join(sorted(unknown))}")
+        given = {key for key, value in kwargs.items() if value is not None} - {"pretrained_cfg_overlay", "cache_dir"}
+        if given:
+            raise TypeError(f"{architecture} takes pretrained and num_classes; got {', '.join(sorted(given))}")
         tag = getattr(pretrained_cfg, "tag", pretrained_cfg) or next(iter(entries))
         if tag not in entries:
             raise UnknownEntryError(f"{architecture} has the tags {', '.join(entries)}; got {tag!r}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import logging
 import os
 import pickle
 import random
@@ -24,6 +25,7 @@ from pizoo.models import FinPiMLP, InfPiMLP, MuMLP, NNGPRegressor, NTKRegressor
 from pizoo.optim import PiSGD, param_groups
 from pizoo.recipes import load_recipe
 from pizoo.training import supervised
+from pizoo.training.report import logging_to
 
 EPOCHS, N = 3, 40
 TINY = (f"data.subset={N}", f"train.epochs={EPOCHS}", "train.batch_size=16", "train.lr=0.1")
@@ -77,6 +79,16 @@ def edit_json(path: Path, change) -> None:
     value = json.loads(path.read_text())
     change(value)
     path.write_text(json.dumps(value))
+
+
+def edit_built(path: Path, change) -> None:
+    """Change what a config.json says builds the net, as one that wrote it would: with a digest that fits."""
+
+    def change_and_sign(config):
+        change(config["pizoo"])
+        config["pizoo"]["sha256"] = checkpoint.config_digest(config)
+
+    edit_json(path, change_and_sign)
 
 
 def temporaries(folder: Path) -> list[str]:
@@ -282,20 +294,34 @@ def damage(name: str, folder: Path) -> None:
         case "list":
             path.write_text("[1, 2]")
         case "r":
-            edit_json(path, lambda value: value["pizoo"]["hparams"].update(r=5))
+            edit_built(path, lambda built: built["hparams"].update(r=5))
         case "argument":
-            edit_json(path, lambda value: value["pizoo"]["hparams"].update(depth=5))
+            edit_built(path, lambda built: built["hparams"].update(depth=5))
         case "negative":
-            edit_json(path, lambda value: value["pizoo"]["hparams"].update(r=-1))
+            edit_built(path, lambda built: built["hparams"].update(r=-1))
+        case "alpha":
+            edit_json(path, lambda value: value["pizoo"]["hparams"].update(bias_alpha=0.26))
+        case "scale":
+            edit_json(path, lambda value: value["recipe"]["data"].update(scale=15.0))
+        case "split":
+            edit_json(path, lambda value: value["recipe"]["data"].update(split=1))
+        case "rows":
+            edit_json(path, lambda value: value["pizoo"].update(rows_dtype="float64"))
+        case "unsigned":
+            edit_json(path, lambda value: value.get("pizoo", value).pop("sha256"))
+        case "epoch":
+            edit_json(path, lambda value: value["epochs"][2].update(epoch=4))
+        case "held":
+            edit_json(path, lambda value: value["segments"][3]["rows"].update(output=[88, 129]))
         case "class":
             described = {"class": "FinPiMLP", "hparams": {"d_in": 6, "d_out": 3, "width": 9, "r": 4}}
-            edit_json(path, lambda value: value["pizoo"].update(described))
+            edit_built(path, lambda built: built.update(described))
         case "unknown":
-            edit_json(path, lambda value: value["pizoo"].update({"class": "ResNet"}))
+            edit_built(path, lambda built: built.update({"class": "ResNet"}))
         case "code":
-            edit_json(path, lambda value: value["pizoo"].update({"class": "__import__"}))
+            edit_built(path, lambda built: built.update({"class": "__import__"}))
         case "dtype":
-            edit_json(path, lambda value: value["pizoo"].update(rows_dtype="load"))
+            edit_built(path, lambda built: built.update(rows_dtype="load"))
         case "pickle":
             path.write_bytes(pickle.dumps(Trap(str(folder / "executed"))))
 
@@ -329,6 +355,9 @@ SHIPPED_DAMAGE = {
     "unknown config.json": "of a 'ResNet'; this version of pizoo knows InfPiMLP",
     "code config.json": "of a '__import__'",
     "dtype config.json": "damaged|do not fit",
+    "alpha config.json": r"config\.json: its class, hparams, rows_dtype or recipe\.data are not those it was written with",
+    "rows config.json": "are not those it was written with",
+    "unsigned config.json": "has no 'sha256': it is damaged",
 }
 
 
@@ -355,6 +384,12 @@ TRAINING_DAMAGE = {
     "list checkpoint.json": "has format None",
     "remove config.json": r"config\.json does not exist",
     "r config.json": r"does not hold what its config\.json says",
+    "alpha config.json": "are not those it was written with",
+    "scale config.json": "are not those it was written with",
+    "split config.json": "are not those it was written with",
+    "epoch checkpoint.json": r"checkpoint\.json is not as it was written",
+    "held checkpoint.json": r"checkpoint\.json is not as it was written",
+    "unsigned checkpoint.json": "has no 'sha256': it is damaged",
 }
 
 
@@ -389,30 +424,99 @@ def test_no_flipped_bit_of_a_tensor_file_goes_unseen(training, shipped):
             checkpoint.load(folder)
 
 
-def test_flipped_bits_in_json_give_no_other_error_than_that_the_checkpoint_is_damaged(training, shipped):
+def test_flipped_bits_in_json_are_refused_as_damage_or_leave_the_net_what_it_was(training, shipped):
     rng = random.Random(0)
     refused = 0
     for path in (training / "config.json", training / "checkpoint.json", shipped / "config.json"):
-        before = path.read_bytes()
+        before, (whole, config) = path.read_bytes(), checkpoint.load(path.parent)
         for _ in range(150):
             flip_bit(path, rng.randrange(len(before)), rng.randrange(7))
             try:
-                checkpoint.load(path.parent)
+                model, found = checkpoint.load(path.parent)
             except CheckpointError:
                 refused += 1
+            else:
+                assert_same(model.state_dict(), whole.state_dict())
+                assert model.hparams == whole.hparams
+                for key in ("scale", "mean", "std") if "recipe" in config else ():
+                    assert found["recipe"]["data"][key] == config["recipe"]["data"][key]
             path.write_bytes(before)
     assert refused > 50
+
+
+def test_what_does_not_decide_the_net_may_be_edited(training):
+    def edit(config):
+        config["class_names"][0] = "nought"
+        config["recipe"].update(description="edited", published={"accuracy": 1.0, "source": "me", "protocol": "mine"})
+        config["recipe"]["data"]["path"] = "/elsewhere"
+
+    edit_json(training / "config.json", edit)
+    assert checkpoint.load(training)[1]["class_names"][0] == "nought"
+
+
+def test_the_decay_factor_is_under_the_states_digest(finished):
+    folder, _ = finished["infpi"]
+    state = load_file(folder / "state-00003.safetensors")
+    for layer in ("hidden.0", "output"):
+        decay = state[f"decay/{layer}"]
+        assert decay.dtype == torch.float64 and 0.98 < decay.item() < 1
+        assert checkpoint.read_epoch(folder).stored[layer][1] == decay.item()
+    assert "decay" not in (folder / "checkpoint.json").read_text()
 
 
 def test_pickled_weights_beside_the_checkpoint_are_not_looked_at(tmp_path):
     for name in ("pytorch_model.bin", "model.pt", "model.pth"):
         (tmp_path / name).write_bytes(pickle.dumps(Trap(str(tmp_path / "executed"))))
-    (tmp_path / "config.json").write_text(
-        json.dumps({"pizoo": {"format": 1, **checkpoint.describe(MuMLP(6, 3, width=4)), "files": {}}})
-    )
+    (tmp_path / "config.json").write_text(json.dumps(checkpoint.complete({}, MuMLP(6, 3, width=4), {})))
     with pytest.raises(CheckpointError, match=r"model\.safetensors is missing"):
         checkpoint.load(tmp_path)
     assert not (tmp_path / "executed").exists()
+
+
+# Two processes, a power cut
+
+
+HOLD = """
+import sys
+from pathlib import Path
+from pizoo import checkpoint
+
+with checkpoint.training_lock(Path(sys.argv[1])):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_a_training_folder_belongs_to_one_process_until_that_ends(tmp_path):
+    command = [sys.executable, "-c", HOLD, str(tmp_path / "run")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout.readline() == "held\n"
+        refused = pytest.raises(CheckpointError, match=r"run is in use: another process trains there")
+        with refused, checkpoint.training_lock(tmp_path / "run"):
+            pass
+        other.kill()
+    with checkpoint.training_lock(tmp_path / "run"), checkpoint.training_lock(None):
+        pass
+
+
+def test_a_rename_is_flushed_with_the_folder_it_was_made_in(tmp_path, monkeypatch):
+    flushed = []
+
+    def fsync(descriptor, real=os.fsync):
+        flushed.append((os.readlink(f"/proc/self/fd/{descriptor}"), (tmp_path / "a.json").exists()))
+        real(descriptor)
+
+    monkeypatch.setattr("pizoo.checkpoint.os.fsync", fsync)
+    checkpoint.write_json(tmp_path / "a.json", 1)
+    assert flushed == [(str(tmp_path / ".a.json.tmp"), False), (str(tmp_path), True)]
+
+
+def test_logging_to_a_folder_leaves_the_level_as_it_was(tmp_path):
+    log = logging.getLogger("pizoo")
+    before = log.level
+    with logging_to(tmp_path):
+        assert log.level == logging.INFO
+    assert log.level == before != logging.INFO
 
 
 # A full disk

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -12,11 +14,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from rich.console import Console
 
 import pizoo
 from pizoo import checkpoint, cli, zoo
 from pizoo.data import load_dataset
 
+README = Path(__file__).parent.parent / "README.md"
 TINY = ("--set", "data.subset=200", "--set", "train.epochs=2")
 TINY_NET = ("--set", "model.r=16", *TINY)
 
@@ -102,6 +106,67 @@ def test_train_writes_a_checkpoint_that_evaluate_measures_the_same(pizoo_command
     assert last.code == 0 and f"{results['accuracy']:.2f}" in last.out and "449" in last.out
     first = pizoo_command("evaluate", "runs/digits_infpi", "--epoch", 1)
     assert f"{results['history'][0]['test_accuracy']:.2f}" in first.out
+
+
+@pytest.fixture
+def readme_example(tmp_path):
+    """README's example of own data: writes its recipe and the images it speaks of, returns its commands."""
+    text = README.read_text().partition("Your own data")[2]
+    recipe, commands = (re.search(rf"```{kind}\n(.*?)```", text, re.DOTALL).group(1) for kind in ("yaml", "sh"))
+    (tmp_path / "mine.yaml").write_text(recipe)
+    rng = np.random.RandomState(0)
+    for part, n in (("train", 20), ("test", 5)):
+        for brightness, name in ((90, "cat"), (170, "dog")):
+            folder = tmp_path / "my_images" / part / name
+            folder.mkdir(parents=True)
+            for i in range(n):
+                pixels = (brightness + 40 * rng.randn(36, 40, 3)).clip(0, 255).astype(np.uint8)
+                Image.fromarray(pixels).save(folder / f"{i}.png")
+    return [shlex.split(line, comments=True)[1:] for line in commands.splitlines()]
+
+
+def test_the_readmes_example_of_own_images_does_what_it_says(pizoo_command, readme_example, tmp_path):
+    train, evaluate, predict = [pizoo_command(*command) for command in readme_example]
+    assert (train.code, evaluate.code, predict.code) == (0, 0, 0), train.err + evaluate.err + predict.err
+    accuracy = json.loads((tmp_path / "runs" / "mine" / "results.json").read_text())["accuracy"]
+    assert accuracy >= 90 and f"{accuracy:.2f}" in evaluate.out and "mine test" in evaluate.out
+    (line,) = [line.split() for line in predict.out.splitlines() if "my_images/test/cat/0.png" in line]
+    assert line[1] == "cat" and line[3] == "dog"
+    assert pizoo_command("verify", "runs/mine").code == 0
+
+
+@pytest.mark.parametrize(
+    ("shape", "stated"), [((32, 32, 3), {}), ((16,), {"input_size": [16], "scale": 1.0, "mean": None, "std": None})]
+)
+def test_the_readmes_example_takes_an_npz_of_images_or_vectors(pizoo_command, readme_example, tmp_path, shape, stated):
+    rng, labels = np.random.RandomState(0), np.arange(40) % 2
+    images = rng.randn(40, *shape) + np.where(labels, 2, -2).reshape(-1, *[1] * len(shape))
+    images = (127 + 20 * images).clip(0, 255).astype(np.uint8) if len(shape) == 3 else images
+    parts = {"train_images": images, "train_labels": labels, "test_images": images[:10], "test_labels": labels[:10]}
+    np.savez(tmp_path / "my.npz", **parts)
+    changes = [f"data.{key}={json.dumps(value)}" for key, value in {"path": "my.npz", **stated}.items()]
+    train, evaluate, _ = readme_example
+    shown = pizoo_command(*train, *(word for change in changes for word in ("--set", change)))
+    assert shown.code == 0, shown.err
+    assert "100.00" in pizoo_command(*evaluate).out
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_a_long_path_goes_on_in_the_next_line_and_no_column_is_cut(pizoo_command, card, monkeypatch, width):
+    monkeypatch.setattr(cli, "out", Console(width=width))
+    long = card("digits_mu").rename(card("digits_infpi").parent / "_".join(12 * ["a[long]name"]))
+    shown = pizoo_command("verify", "--quick", long)
+    assert shown.code == 0 and "…" not in shown.out
+    table = re.search(r"─ ?\n(.*)accuracies in percent", shown.out, re.DOTALL).group(1).splitlines()
+    assert all(len(line) <= width for line in table) and len(table) > 3
+    assert "".join(line.split()[0] for line in table if line.strip()) == str(long)
+    assert table[0].split()[1:3] == ["verified", "probe"]
+
+
+def test_help_says_what_quick_does_not_check(pizoo_command):
+    shown = " ".join(re.sub(r"[│╭╮╰╯─]", " ", pizoo_command("verify", "--help").out).split())
+    assert "Not for kernel entries whose training images do not ship (cifar10_nngp, cifar10_ntk)" in shown
+    assert "a GPU if there is one" in shown  # in square brackets it would be taken for markup, and vanish
 
 
 def test_train_goes_on_after_an_interruption_as_it_says(pizoo_command, tmp_path, monkeypatch):

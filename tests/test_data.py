@@ -171,6 +171,18 @@ def test_a_bad_file_is_refused_by_name_and_key(write, case):
         assert part in str(error.value)
 
 
+@pytest.mark.parametrize("content", [b"not an npz", b"\x80\x04pickle", "objects"])
+def test_nobody_is_advised_to_unpickle(tmp_path, content):
+    path = tmp_path / "mine.npz"
+    if content == "objects":
+        np.savez(path, train_images=np.array([{}, None]), train_labels=np.zeros(2, int))
+    else:
+        path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"plain array.*Python objects, which are never loaded") as caught:
+        load_dataset("mine", path=path)
+    assert "pickle" not in str(caught.value)
+
+
 def test_a_data_set_is_never_unpickled(tmp_path):
     path = tmp_path / "own.npz"
     np.savez(path, train_images=np.array([{"a": 1}], dtype=object), train_labels=np.array([0]))

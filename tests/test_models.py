@@ -120,6 +120,39 @@ def test_a_sample_is_decided_by_its_omegas() -> None:
     torch.testing.assert_close(one.layers[0].weight.detach(), weight.detach())
 
 
+def test_sampling_makes_no_other_infinite_net_and_may_leave_gradients_unprojected(monkeypatch) -> None:
+    net, (x, y) = make(InfPiMLP), data()
+
+    def refuse(*args, **kwargs):
+        raise AssertionError("a fresh infinite net was made")
+
+    monkeypatch.setattr("pizoo.models.finite.infinite_layers", refuse)
+    omegas = [torch.randn(WIDTH, R, dtype=F64) for _ in range(2)]
+    projected, plain = (net.sample(WIDTH, omegas, projected=choice) for choice in (True, False))
+    torch.testing.assert_close(projected.state_dict(), plain.state_dict(), rtol=0, atol=0)
+    assert (projected.hparams["projected"], plain.hparams["projected"]) == (True, False)
+    for finite in (projected, plain):
+        nn.functional.cross_entropy(finite(x), y).backward()
+    grad = plain.layers[0].weight.grad
+    wanted = omegas[0] @ torch.linalg.solve(omegas[0].T @ omegas[0], omegas[0].T @ grad)
+    assert (grad - wanted).norm() > 0.1 * grad.norm()
+    torch.testing.assert_close(projected.layers[0].weight.grad, wanted)
+
+
+def test_the_basis_spans_the_stored_omegas_whatever_dtypes_they_went_through() -> None:
+    net = make(FinPiMLP)
+    for convert in (lambda: net.half().float(), lambda: net.bfloat16().double(), lambda: net.to(torch.float32)):
+        convert()
+        exact = net.layers[0].weight.dtype
+        for l in range(2):
+            basis, omega = net.basis(l), getattr(net.omega, str(l))
+            assert basis.dtype == exact
+            tolerance = 20 * torch.finfo(exact).eps
+            eye = torch.eye(R, dtype=exact)
+            torch.testing.assert_close(basis.T @ basis, eye, rtol=0, atol=tolerance)
+            torch.testing.assert_close(basis @ (basis.T @ omega), omega, rtol=0, atol=tolerance)
+
+
 # ------------------------------------------------------------------ what all nets share
 
 

@@ -22,8 +22,8 @@ from pizoo.ops import blocked, reference
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")
 OPS = ("growing_forward", "growing_backward", "growing_forward_jacobian")
-# Coefficients are rounded to the rows' dtype; a few rows may cancel by chance, which makes the rest look larger.
-TOLERANCE = {torch.float16: 4e-3, torch.bfloat16: 4e-2, torch.float32: 1e-5, torch.float64: 1e-12}
+# Coefficients are rounded to the rows' dtype, sums are float32.
+TOLERANCE = {torch.float16: 2e-3, torch.bfloat16: 1.6e-2, torch.float32: 1e-5, torch.float64: 1e-12}
 
 
 class Case(NamedTuple):
@@ -65,21 +65,28 @@ def call(module, op: str, gbar, A, B, amult, delta, count) -> tuple[torch.Tensor
     return result if isinstance(result, tuple) else (result,)
 
 
-def error(result: tuple[torch.Tensor, ...], expected: tuple[torch.Tensor, ...]) -> float:
-    """Largest relative error; infinite if anything is not finite."""
-    pairs = zip(result, expected, strict=True)
-    errors = [float((x.double() - y).norm() / y.norm().clamp(min=1e-30)) for x, y in pairs]
-    return max(errors) if all(e == e for e in errors) else float("inf")
-
-
 def expected(op: str, gbar, A, B, amult, delta, count) -> tuple[torch.Tensor, ...]:
     return call(reference, op, gbar.double(), A.double(), B.double(), amult.double(), delta.double(), count)
+
+
+def error(result: tuple[torch.Tensor, ...], op: str, gbar, A, B, amult, delta, count) -> float:
+    """Largest relative error; infinite if anything is not finite.
+
+    A result whose terms cancel by chance is measured against what terms of that size add up to as a rule.
+    """
+    errors = []
+    exact = expected(op, gbar, A, B, amult, delta, count)
+    sizes = expected(op, gbar, A.abs(), B, amult.abs(), delta.abs(), count)
+    for x, y, size in zip(result, exact, sizes, strict=True):
+        scale = torch.maximum(y.norm(), size.norm() / (len(A) * A.shape[1]) ** 0.5).clamp(min=1e-30)
+        errors.append(float((x.double() - y).norm() / scale))
+    return max(errors) if all(e == e for e in errors) else float("inf")
 
 
 def errors_of(module, case: Case) -> dict[str, float]:
     inputs = rows(case)
     names = OPS if case.r_out <= 16 else OPS[:2]
-    return {op: error(call(module, op, *inputs), expected(op, *inputs)) for op in names}
+    return {op: error(call(module, op, *inputs), op, *inputs) for op in names}
 
 
 def fused_errors(case: Case) -> dict[str, float]:
@@ -96,7 +103,7 @@ def fused_met_again(r: int, r_out: int) -> float:
     torch.manual_seed(0)
     A, amult, delta = (torch.randn(*shape, device=DEVICE) for shape in ((2 * r, r_out), (2 * r,), (r, r_out)))
     inputs = (eye, A.half(), torch.cat([eye, -eye]).half(), amult, delta, None)
-    return max(error(call(triton, op, *inputs), expected(op, *inputs)) for op in OPS)
+    return max(error(call(triton, op, *inputs), op, *inputs) for op in OPS)
 
 
 def fused_is_deterministic(case: Case) -> bool:
@@ -155,7 +162,7 @@ GRID = [
     for k, r_out in enumerate((1, 10, 250, 400))
     for l, b in enumerate((1, 8, 16, 33, 80))
     for n, dtype in enumerate((half, brain, single))
-    if (i + j + k + l + n) % 3 == 0
+    if (i + 2 * j + 4 * k + 5 * l + 7 * n) % 9 == 0
 ]
 
 
@@ -178,18 +185,17 @@ def test_fused_ops_match_the_definition_on_the_grid(r):
 @pytest.mark.parametrize("scales", [(1.0, 1.0), (1e-6, 1.0), (4.0, 1.0), (1.0, 1e-6), (1e-6, 1e-6)])
 @pytest.mark.parametrize("r_out", [10, 400])
 def test_a_million_half_precision_rows(r_out, scales):
+    from pizoo.ops import triton
+
     amult, A = scales
     inputs = rows(Case(1_000_000, 400, r_out, 8, half, amult=amult, A=A, unused=100, stride=-(-r_out // 16) * 16))
+    gbar, A, B, amult, delta, _ = inputs
     for op in OPS[: 3 if r_out == 10 else 2]:
-        double = inputs[0].double(), *inputs[1:4], inputs[4].double(), inputs[5]
-        parts = [part.split(100_000) for part in double[1:4]]
-        total = None
-        for A_part, B_part, amult_part in zip(*(part[:10] for part in parts), strict=True):
-            terms = expected(op, double[0], A_part, B_part, amult_part, double[4], None)
-            total = terms if total is None else tuple(x + y for x, y in zip(total, terms, strict=True))
-        from pizoo.ops import triton
-
-        assert error(call(triton, op, *inputs), total) <= 1e-3
+        blocks = zip(*(part[:1_000_000].split(100_000) for part in (A, B, amult)), strict=True)
+        sums = [expected(op, gbar, *block, delta, None) for block in blocks]
+        for x, parts in zip(call(triton, op, *inputs), zip(*sums, strict=True), strict=True):
+            exact = torch.stack(parts).sum(0)
+            assert (x - exact).norm() <= 1e-3 * exact.norm()
 
 
 def test_gradients_are_finite_where_a_sample_meets_its_own_row(fused):
@@ -201,7 +207,7 @@ def test_fused_ops_are_deterministic(fused):
 
 
 @pytest.mark.parametrize("dtype", [half, brain, single, torch.float64], ids=str)
-@pytest.mark.parametrize("shape", [(1, 1, 1, 1), (9000, 20, 10, 8), (8192, 7, 3, 33)], ids=str)
+@pytest.mark.parametrize("shape", [(1, 1, 1, 1), (33000, 20, 10, 8), (8192, 7, 3, 33)], ids=str)
 def test_blocked_ops_match_the_definition(shape, dtype):
     errors = errors_of(blocked, Case(*shape, dtype, unused=5, stride=16))
     assert max(errors.values()) <= TOLERANCE[torch.float64 if dtype == torch.float64 else torch.float32]
@@ -276,7 +282,7 @@ def test_a_captured_launch_serves_a_growing_layer():
     for rows_in_use in (700, 5000, 1):
         count.fill_(rows_in_use)
         graph.replay()
-        assert error((result,), expected("growing_backward", gbar, A, B, amult, delta, count)) <= TOLERANCE[half]
+        assert error((result,), "growing_backward", gbar, A, B, amult, delta, count) <= TOLERANCE[half]
 
 
 @pytest.mark.parametrize("wrong", ["B", "delta"])

@@ -240,6 +240,23 @@ def test_torchs_schedulers_drive_learning_rate_and_clipping() -> None:
     torch.testing.assert_close(steps, -3 * torch.tensor(wanted, dtype=F64)[:, None].expand(6, 8))
 
 
+def test_at_a_learning_rate_of_zero_no_gradient_enters_the_velocity() -> None:
+    """A threshold of 0 would mean no clipping: what momentum then remembers would move the net later, unclipped."""
+    net = make_net()
+    optimizer = PiSGD(param_groups(net, lr=0.1), lr=0.1, momentum=0.9)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.0)
+    threshold = clip_threshold(optimizer, 0.5)
+    assert 0 < threshold < 1e-30
+    backward(net)
+    for norm in clip_grad_norm_(net, threshold, per_param=True).values():
+        assert norm > 0
+    optimizer.step()
+    scheduler.step()
+    assert optimizer.state[net.input.A]["velocity"].abs().max() < 1e-30
+    assert clip_grad_norm_(net, threshold) < 1e-30
+    assert clip_threshold(optimizer, 0) == 0  # no clipping stays no clipping
+
+
 def test_without_a_schedule_the_threshold_is_the_threshold() -> None:
     for lr in (0.1, 0.3, 0.0):
         assert clip_threshold(PiSGD([nn.Parameter(torch.ones(1))], lr), 0.4) == 0.4

@@ -10,6 +10,7 @@ import sys
 import pytest
 
 from pizoo import models, recipes
+from pizoo.optim import PiSGD, param_groups
 from pizoo.recipes import Recipe, RecipeError, list_recipes, load_recipe
 
 KINDS = ("finpi", "infpi", "mu", "nngp", "ntk")
@@ -176,6 +177,11 @@ def test_a_published_number_belongs_to_the_entry_that_states_it(write):
         load_recipe(write("extends: cifar10_infpi\ndescription: mine"))
 
 
+def test_what_an_entrys_number_is_over_is_not_passed_on(write):
+    mine = load_recipe(write("extends: digits_infpi\nentry: mine\ndescription: mine"))
+    assert mine.seeds == 1 and mine.tolerance.reason is None
+
+
 def test_a_file_can_extend_a_file_beside_it(write, tmp_path):
     write(MINIMAL, "base.yaml")
     path = write("extends: base.yaml\nentry: child\ndescription: child\ntrain: {epochs: 9}")
@@ -275,6 +281,21 @@ def test_an_impossible_value_is_refused_by_file_and_key(override):
         load_recipe("cifar10_infpi", [override])
     assert REFUSED[override] in str(error.value)
     assert "cifar10_infpi.yaml" in str(error.value) or "override" in str(error.value)
+
+
+def test_momentum_takes_weight_decay_with_its_multipliers_or_not_at_all():
+    momentum = ["train.momentum=0.9", "train.weight_decay=0.001"]
+    with pytest.raises(RecipeError, match=r"train\.apply_lr_mult_to_wd: found false; must be true with momentum 0\.9"):
+        load_recipe("digits_infpi", momentum)
+    for allowed in (
+        ["train.apply_lr_mult_to_wd=true"],
+        [f"train.{layer}_lr_mult=1.0" for layer in ("first_layer", "last_layer", "bias")],
+    ):
+        recipe = load_recipe("digits_infpi", [*momentum, *allowed])
+        model, train = recipe.build_model(), recipe.train
+        mults = (train.first_layer_lr_mult, train.last_layer_lr_mult, train.bias_lr_mult)
+        groups = param_groups(model, train.lr, train.weight_decay, *mults, train.apply_lr_mult_to_wd)
+        PiSGD(groups, train.lr, train.momentum)  # takes what the recipe allows
 
 
 def test_the_multiplier_counts_where_it_applies_to_weight_decay(write):

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from pizoo.functional import relu_kernel, unit
+from pizoo.models import InfPiMLP
 from pizoo.nn import InfPiLinear
 from pizoo.rows import PendingRows, Reserved, Rows, row_scale
 
@@ -307,3 +308,16 @@ def test_refusals_say_what_came_and_what_is_wanted_and_change_nothing(case: str)
         assert word in str(caught.value)
     assert_same_rows(rows, make_rows())
     assert rows.A.grad is None
+
+
+@pytest.mark.parametrize(
+    "use", [torch.optim.SGD, torch.optim.AdamW, nn.utils.clip_grad_norm_, nn.utils.clip_grad_value_]
+)
+def test_what_takes_tensors_alone_is_told_what_takes_rows(use) -> None:
+    net = InfPiMLP(4, 2, 3)
+    net(torch.randn(5, 4)).sum().backward()
+    with pytest.raises(
+        (AttributeError, TypeError), match=r"pizoo\.optim\.PiSGD, clip with pizoo\.optim\.clip_grad_norm_"
+    ):
+        use(net.parameters(), 1.0).step()
+    assert copy.deepcopy(net.output.A.grad).A.equal(net.output.A.grad.A)

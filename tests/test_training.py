@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import math
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,7 +15,7 @@ from PIL import Image
 from torch import nn
 
 import pizoo
-from pizoo import checkpoint
+from pizoo import checkpoint, zoo
 from pizoo.checkpoint import CheckpointError
 from pizoo.data import Dataset, Normalize, epoch_order
 from pizoo.evaluation.accuracy import accuracy, predict
@@ -487,3 +489,20 @@ def test_reproduce_trains_every_seed_ships_the_first_and_records_all(tmp_path, m
     assert f"{results['accuracy']:.2f}" in (tmp_path / "card" / "README.md").read_text()
     monkeypatch.setattr(supervised._Training, "_step", lambda *args: pytest.fail("a step was taken"))
     assert reproduce(recipe, tmp_path / "card", tmp_path / "runs", seeds=[2, 5], device="cpu") == results
+
+
+def test_a_folder_in_use_or_refused_is_left_as_it_is(tmp_path):
+    tiny = ("model.r=4", "data.subset=20", "train.epochs=1")
+    folder = tmp_path / "run"
+    with checkpoint.training_lock(folder), pytest.raises(CheckpointError, match="run is in use"):
+        pizoo.train("digits_infpi", folder, overrides=tiny, device="cpu")
+    assert [path.name for path in folder.iterdir()] == [checkpoint.LOCK]
+    pizoo.train("digits_infpi", folder, overrides=tiny, device="cpu")
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    with pytest.raises(CheckpointError, match="another recipe"):
+        pizoo.train("digits_infpi", folder, overrides=(*tiny, "train.lr=0.3"), device="cpu")
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    card = Path(shutil.copytree(zoo.card("digits_mu"), tmp_path / "card"))
+    with pytest.raises(CheckpointError):
+        pizoo.train("digits_mu", card, device="cpu")
+    assert {path.name for path in card.iterdir()} == {path.name for path in zoo.card("digits_mu").iterdir()}

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -64,6 +66,13 @@ def test_an_unknown_name_is_answered_with_the_nearest():
         pizoo.load("zzz")
 
 
+@pytest.mark.parametrize("path", ["/no/such/dir", "runs/none", Path("none")])
+def test_a_path_that_leads_nowhere_is_neither_an_entry_nor_a_folder(path):
+    for function in (pizoo.load, pizoo.verify, pizoo.evaluate):
+        with pytest.raises(zoo.UnknownEntryError, match=f"'{path}' is neither an entry nor a folder; there are"):
+            function(path)
+
+
 def test_a_name_cannot_lead_out_of_the_cards_folder(tmp_path):
     with pytest.raises(zoo.UnknownEntryError):
         zoo.card("../recipes")
@@ -97,6 +106,22 @@ def test_a_card_has_a_readme_that_names_the_entry_and_its_number(entry):
         assert f"**{json.loads((zoo.card(entry) / 'results.json').read_text())['accuracy']:.2f}**" in text
     else:
         assert f"pizoo train {entry}" in text and "No weights yet" in text
+
+
+@pytest.mark.parametrize("entry", SHIPPED)
+def test_a_card_changed_in_what_decides_the_net_is_refused(entry, tmp_path):
+    folder = Path(shutil.copytree(zoo.card(entry), tmp_path / entry))
+    config = json.loads((folder / "config.json").read_text())
+    for change in (
+        lambda c: c["pizoo"]["hparams"].update(d_out=11),
+        lambda c: c["recipe"]["data"].update(scale=c["recipe"]["data"]["scale"] + 1),
+        lambda c: c["recipe"]["data"].update(mean=[0.5]),
+    ):
+        changed = copy.deepcopy(config)
+        change(changed)
+        (folder / "config.json").write_text(json.dumps(changed))
+        with pytest.raises(CheckpointError, match="are not those it was written with"):
+            pizoo.load(folder)
 
 
 @pytest.mark.parametrize("entry", SHIPPED)
@@ -233,6 +258,8 @@ def test_another_number_of_classes_is_a_fresh_read_out_on_the_same_features(entr
         with torch.no_grad():
             assert model(x).shape == (20, k) and model.num_classes == model.hparams["d_out"] == k
             assert torch.equal(model.features(x), loaded.features(x))
+        assert model.config["num_classes"] == len(model.config["class_names"]) == k
+        assert model.config["recipe"] == loaded.config["recipe"] and zoo.config(entry)["num_classes"] == 10
     rebuilt = checkpoint.build(checkpoint.describe(reset))
     rebuilt.load_state_dict(reset.state_dict())
 

@@ -74,7 +74,8 @@ def verify(
         entry: a name of the zoo, or the path of a checkpoint with a ``results.json``.
         data_dir: where data sets are (:func:`pizoo.data.data_directory`).
         device: None: a GPU if there is one.
-        quick: compare the logits of the stored probe instead of the test accuracy; needs no data set.
+        quick: compare the logits of the stored probe instead of the test accuracy; needs no data set. Kernel regressors
+            whose training images do not ship predict from those images alone: not run.
 
     Returns:
         the report. A missing data set, missing weights or a damaged file are reported, not raised.

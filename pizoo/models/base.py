@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from pizoo.nn import check_positive
+from pizoo.nn import InfPiInput, InfPiLinear, check_positive
 from pizoo.rows import Rows, rows_problem
 
 
@@ -44,9 +44,15 @@ class PiNet(nn.Module):
         return x.flatten(1)
 
     def reset_classifier(self, num_classes: int) -> None:
-        """Replace the read-out by a freshly initialised one with ``num_classes`` outputs; the rest stays (timm's name)."""
+        """Replace the read-out by a freshly initialised one with ``num_classes`` outputs; the rest stays (timm's name).
+
+        Of a net loaded from a checkpoint, ``config`` follows; classes get numbers for names. ``pretrained_cfg`` goes on
+        describing the pretrained weights, as in timm.
+        """
         check_positive(num_classes=num_classes)
         self.hparams["d_out"] = self.num_classes = num_classes
+        if (config := getattr(self, "config", None)) is not None:
+            self.config = {**config, "num_classes": num_classes, "class_names": [str(k) for k in range(num_classes)]}
         self.new_readout()
 
     def new_readout(self) -> None:
@@ -77,6 +83,42 @@ class PiNet(nn.Module):
                     f"{type(self).__name__} cannot load this state: missing keys {missing}, unexpected keys {unexpected}"
                 )
         return super().load_state_dict(state_dict, strict, assign)
+
+
+class InfiniteLayers(NamedTuple):
+    """The layers of an infinite net: what :class:`InfPiMLP` holds and what a finite net is sampled from."""
+
+    input: InfPiInput
+    hidden: list[InfPiLinear]
+    output: InfPiLinear
+
+
+def infinite_layers(hparams: Mapping[str, Any], device=None, dtype: torch.dtype | None = None) -> InfiniteLayers:
+    """Freshly initialised layers of the infinite net with these hyper-parameters (of :class:`InfPiMLP`)."""
+    d_in, r, bias_alpha = hparams["d_in"], hparams["r"], hparams["bias_alpha"]
+    factory = {"device": device, "dtype": dtype}
+    hidden = {"layernorm": hparams.get("layernorm", False), "identity_init": d_in == r}
+    return InfiniteLayers(
+        InfPiInput(d_in, r, bias_alpha=bias_alpha, alpha=hparams["first_layer_alpha"], **factory),
+        [InfPiLinear(r, r, bias_alpha=bias_alpha, **hidden, **factory) for _ in range(hparams["hidden_layers"] - 1)],
+        infinite_readout(hparams, device, dtype),
+    )
+
+
+def infinite_readout(hparams: Mapping[str, Any], device=None, dtype: torch.dtype | None = None) -> InfPiLinear:
+    """The read-out of :func:`infinite_layers`."""
+    return InfPiLinear(
+        hparams["r"],
+        hparams["d_out"],
+        bias_alpha=hparams["bias_alpha"] if hparams["last_bias_alpha"] is None else hparams["last_bias_alpha"],
+        alpha=hparams["last_layer_alpha"],
+        layernorm=hparams.get("layernorm", False),
+        role="readout",
+        zero_init=hparams["readout_zero_init"],
+        identity_init=hparams["d_in"] == hparams["r"],
+        device=device,
+        dtype=dtype,
+    )
 
 
 def state_problems(model: nn.Module, state_dict: Mapping[str, Tensor]) -> list[str]:

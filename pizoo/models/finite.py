@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from pizoo import functional
-from pizoo.models.base import PiNet
+from pizoo.models.base import InfiniteLayers, PiNet, infinite_layers
 from pizoo.nn import InfPiLinear, PiLinear, projection_basis
 
 if TYPE_CHECKING:
@@ -117,29 +117,51 @@ class _Projections(nn.Module):
 
     def __init__(self, omegas: list[Tensor]):
         super().__init__()
+        self.layers = len(omegas)
         for l, omega in enumerate(omegas):
             self.register_buffer(str(l), omega)
             self.register_buffer(f"basis{l}", projection_basis(omega), persistent=False)
 
+    def omega(self, l: int) -> Tensor:
+        return getattr(self, str(l))
+
+    def basis(self, l: int) -> Tensor:
+        return getattr(self, f"basis{l}")
+
+    def _span(self, l: int) -> None:
+        setattr(self, f"basis{l}", projection_basis(self.omega(l)))
+
+    def _apply(self, fn, recurse=True):
+        before = self.omega(0).dtype
+        super()._apply(fn, recurse)
+        # A converted basis would keep the rounding of the shortest dtype it went through, and Ω has another span now.
+        if self.omega(0).dtype != before:
+            for l in range(self.layers):
+                self._span(l)
+        return self
+
     def _load_from_state_dict(self, state_dict, prefix, *args):
         super()._load_from_state_dict(state_dict, prefix, *args)
-        for l in range(len(self._buffers) // 2):
+        for l in range(self.layers):
             if f"{prefix}{l}" in state_dict:
-                setattr(self, f"basis{l}", projection_basis(getattr(self, str(l))))
+                self._span(l)
 
 
 class FinPiMLP(_FiniteMLP):
     """A finite π-net: sampled from an infinite one, trained with gradients projected onto the span of its samples Ω.
 
-    Constructed directly, it is sampled from a fresh :class:`InfPiMLP`; :meth:`InfPiMLP.sample` samples from a given one.
-
     Args:
         r: rank of the probability space, at most ``width``.
         projected: project gradients; False trains the same sample without.
+        source: what to sample from, of the same hyper-parameters (see :meth:`InfPiMLP.sample`); None: a fresh infinite net.
+        omegas: the samples Ω, one [width, r] per hidden layer; None: drawn standard normal.
         the rest: as for :class:`MuMLP`.
 
     State: ``layers.{l}.weight``, ``layers.{l}.bias``, l = 0..hidden_layers; buffers ``omega.{l}`` [width, r] of the hidden
     layers.
+
+    Raises:
+        ValueError: width below r, omegas of other number or shape.
     """
 
     def __init__(
@@ -155,63 +177,55 @@ class FinPiMLP(_FiniteMLP):
         last_layer_alpha: float = 1.0,
         readout_zero_init: bool = False,
         projected: bool = True,
+        source: InfPiMLP | None = None,
+        omegas: list[Tensor] | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
-        shared = {
-            "d_in": d_in,
-            "d_out": d_out,
-            "r": r,
-            "hidden_layers": hidden_layers,
-            "bias_alpha": bias_alpha,
-            "last_bias_alpha": last_bias_alpha,
-            "first_layer_alpha": first_layer_alpha,
-            "last_layer_alpha": last_layer_alpha,
-            "readout_zero_init": readout_zero_init,
-        }
-        super().__init__(width=width, projected=projected, **shared, device=device, dtype=dtype)
+        super().__init__(
+            d_in=d_in,
+            d_out=d_out,
+            width=width,
+            r=r,
+            hidden_layers=hidden_layers,
+            bias_alpha=bias_alpha,
+            last_bias_alpha=last_bias_alpha,
+            first_layer_alpha=first_layer_alpha,
+            last_layer_alpha=last_layer_alpha,
+            readout_zero_init=readout_zero_init,
+            projected=projected,
+            device=device,
+            dtype=dtype,
+        )
         if width < r:
             raise ValueError(f"width is {width}; it must be at least r = {r} to project onto the span of the samples")
         self.r = r
-        self.omega = _Projections([torch.randn(width, r, device=device, dtype=dtype) for _ in range(hidden_layers)])
-        from pizoo.models.infpi import InfPiMLP
-
-        self._sample(InfPiMLP(**shared, device=device, dtype=dtype))
-
-    @classmethod
-    def sample_from(cls, net: InfPiMLP, width: int, omegas: list[Tensor] | None = None) -> FinPiMLP:
-        """See :meth:`InfPiMLP.sample`."""
-        hparams = {k: v for k, v in net.hparams.items() if k != "layernorm"}
-        finite = cls(width=width, **hparams, device=net.input.A.device, dtype=net.input.A.dtype)
-        if omegas is not None:
-            wanted = [width, net.r]
-            shapes = [list(omega.shape) for omega in omegas]
-            if shapes != [wanted] * net.hparams["hidden_layers"]:
-                raise ValueError(
-                    f"omegas have shapes {shapes}; they must be {net.hparams['hidden_layers']} of {wanted}"
-                )
-            finite.omega = _Projections([omega.to(net.input.A) for omega in omegas])
-        finite._sample(net)
-        return finite
+        if omegas is None:
+            omegas = [torch.randn(width, r, device=device, dtype=dtype) for _ in range(hidden_layers)]
+        shapes = [list(omega.shape) for omega in omegas]
+        if shapes != [[width, r]] * hidden_layers:
+            raise ValueError(f"omegas have shapes {shapes}; they must be {hidden_layers} of {[width, r]}")
+        self.omega = _Projections([omega.to(self.layers[0].weight) for omega in omegas])
+        self._sample(infinite_layers(self.hparams, device, dtype) if source is None else source)
 
     def basis(self, l: int) -> Tensor | None:
-        return getattr(self.omega, f"basis{l}") if self.hparams["projected"] else None
+        return self.omega.basis(l) if self.hparams["projected"] else None
 
     @torch.no_grad()
-    def _sample(self, net: InfPiMLP) -> None:
-        """Set weights and biases to the sample of ``net`` at this net's Ω."""
+    def _sample(self, source: InfiniteLayers | InfPiMLP) -> None:
+        """Set weights and biases to the sample of ``source`` at this net's Ω."""
         n = self.width
-        omegas = [getattr(self.omega, str(l)) for l in range(self.hparams["hidden_layers"])]
+        omegas = [self.omega.omega(l) for l in range(self.hparams["hidden_layers"])]
         first, *hidden, last = self.layers
-        first.weight.copy_(omegas[0] @ net.input.A.T / math.sqrt(n))
-        for layer, rows, before, after in zip(hidden, net.hidden, omegas, omegas[1:], strict=False):
+        first.weight.copy_(omegas[0] @ source.input.A.T / math.sqrt(n))
+        for layer, rows, before, after in zip(hidden, source.hidden, omegas, omegas[1:], strict=False):
             layer.weight.copy_(after @ _output_of_units(rows, before).to(after.dtype) / n)
-        last.weight.copy_(_output_of_units(net.output, omegas[-1]) / math.sqrt(n))
-        for layer, source, omega in zip([first, *hidden], [net.input, *net.hidden], omegas, strict=True):
-            if source.bias is not None:
-                layer.bias.copy_(omega @ source.bias / math.sqrt(n))
+        last.weight.copy_(_output_of_units(source.output, omegas[-1]) / math.sqrt(n))
+        for layer, grown, omega in zip([first, *hidden], [source.input, *source.hidden], omegas, strict=True):
+            if grown.bias is not None:
+                layer.bias.copy_(omega @ grown.bias / math.sqrt(n))
         if last.bias is not None:
-            last.bias.copy_(net.output.bias)
+            last.bias.copy_(source.output.bias)
 
 
 def _output_of_units(layer: InfPiLinear, omega: Tensor) -> Tensor:

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from pizoo import functional
-from pizoo.models.base import PiNet
+from pizoo.models.base import PiNet, infinite_layers, infinite_readout
 from pizoo.models.finite import FinPiMLP
-from pizoo.nn import InfPiInput, InfPiLinear
+from pizoo.nn import InfPiLinear
 
 
 class InfPiMLP(PiNet):
@@ -64,35 +64,15 @@ class InfPiMLP(PiNet):
             readout_zero_init=readout_zero_init,
         )
         self.r = r
-        factory = {"device": device, "dtype": dtype}
-        self.input = InfPiInput(d_in, r, bias_alpha=bias_alpha, alpha=first_layer_alpha, **factory)
-        self.hidden = nn.ModuleList(
-            InfPiLinear(r, r, bias_alpha=bias_alpha, layernorm=layernorm, identity_init=d_in == r, **factory)
-            for _ in range(hidden_layers - 1)
-        )
-        self.output = self._readout(**factory)
+        layers = infinite_layers(self.hparams, device, dtype)
+        self.input, self.hidden, self.output = layers.input, nn.ModuleList(layers.hidden), layers.output
         if rows_dtype is not None:
             for layer in self.growing_layers.values():
                 layer.to_rows_dtype(rows_dtype)
 
-    def _readout(self, device: torch.device | str | None, dtype: torch.dtype | None) -> InfPiLinear:
-        hparams = self.hparams
-        return InfPiLinear(
-            self.r,
-            self.num_classes,
-            bias_alpha=hparams["bias_alpha"] if hparams["last_bias_alpha"] is None else hparams["last_bias_alpha"],
-            alpha=hparams["last_layer_alpha"],
-            layernorm=hparams["layernorm"],
-            role="readout",
-            zero_init=hparams["readout_zero_init"],
-            identity_init=self.d_in == self.r,
-            device=device,
-            dtype=dtype,
-        )
-
     def new_readout(self) -> None:
         rows_dtype = self.output.A.dtype
-        self.output = self._readout(self.input.A.device, self.input.A.dtype)
+        self.output = infinite_readout(self.hparams, self.input.A.device, self.input.A.dtype)
         self.output.to_rows_dtype(rows_dtype)
 
     @property
@@ -116,16 +96,27 @@ class InfPiMLP(PiNet):
         return self.output(self.features(x))
 
     @torch.no_grad()
-    def sample(self, width: int, omegas: list[Tensor] | None = None) -> FinPiMLP:
+    def sample(self, width: int, omegas: list[Tensor] | None = None, projected: bool = True) -> FinPiMLP:
         """A finite π-net of ``width`` units a layer, drawn from this net; as the width grows its function approaches this one.
 
         Args:
             width: n, at least r.
             omegas: one [n, r] per hidden layer; None: drawn standard normal.
+            projected: project its gradients onto the span of the omegas; False: train it without.
 
         Raises:
             ValueError: width below r, omegas of other number or shape; a net with layernorm, which has no finite counterpart.
         """
         if self.hparams["layernorm"]:
             raise ValueError("a net with layernorm=True has no finite counterpart to sample")
-        return FinPiMLP.sample_from(self, width, omegas)
+        hparams = {key: value for key, value in self.hparams.items() if key != "layernorm"}
+        weight = self.input.A
+        return FinPiMLP(
+            **hparams,
+            width=width,
+            projected=projected,
+            source=self,
+            omegas=omegas,
+            device=weight.device,
+            dtype=weight.dtype,
+        )

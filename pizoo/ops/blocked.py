@@ -15,7 +15,8 @@ from torch import Tensor
 from pizoo.functional import F00, F02, F11
 from pizoo.ops.reference import accumulate_dtype, correlations
 
-CPU_BLOCK = 8192  # 8192 x 400 float32 are 13 MB: a block of A and one of B fit an ordinary last-level cache
+CPU_BLOCK = 8192  # 8192 x 400 float32 are 13 MB: blocks of A and B converted to float32 fit an ordinary cache
+CPU_BLOCK_AS_IS = 32768  # nothing to convert: fewer, larger products
 DEVICE_BLOCK = 1 << 18  # elsewhere launches cost more than memory
 
 
@@ -65,6 +66,8 @@ def growing_forward_jacobian(
 def _blocks(dtype: torch.dtype, count: Tensor | None, *rows: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """Yield the rows in use, converted to ``dtype``, block by block."""
     M = len(rows[0]) if count is None else int(count)
-    size = CPU_BLOCK if rows[0].device.type == "cpu" else DEVICE_BLOCK
+    size = DEVICE_BLOCK
+    if rows[0].device.type == "cpu":
+        size = CPU_BLOCK_AS_IS if rows[0].dtype == dtype else CPU_BLOCK
     for start in range(0, M, size):
         yield tuple(part[start : min(start + size, M)].to(dtype) for part in rows)

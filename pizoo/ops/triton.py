@@ -329,9 +329,7 @@ def _jacobian_kernel(
         partial += program.to(tl.int64) * b * r_out * (r + 2)
         for o in tl.static_range(len(A_WIDTHS)):
             n = tl.arange(0, BATCH * A_WIDTHS[o])
-            column = A_STARTS[o] + n % A_WIDTHS[o]
-            # A column beyond the last is sent beyond the last sample, where nothing is stored.
-            pair = tl.where(column < r_out, (first + n // A_WIDTHS[o]) * r_out + column, b * r_out)
+            pair = (first + n // A_WIDTHS[o]) * r_out + A_STARTS[o] + n % A_WIDTHS[o]
             _store(partial, pair, b * r_out, r + 2, r, jacobians[o], unit, B_STARTS, B_WIDTHS)
         n = tl.arange(0, 2 * BATCH)[:, None]
         pointer = partial + ((first + n // 2) * r_out + output[None, :]) * (r + 2) + r + n % 2
@@ -355,7 +353,7 @@ def _reduce_kernel(
     PROGRAMS: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    """``out [length, columns]``: partial sums [programs, length, columns (+ 1)] added in the order of the programs.
+    """``out [length, columns]``: partial sums [programs, length, columns (+ 1)] added in a fixed order.
 
     With ``ALONG`` the last column of the sums multiplies gbar and is added to the first r columns.
     """
@@ -421,7 +419,13 @@ def supports(op: str, gbar: Tensor, A: Tensor) -> bool:
 
 
 def _run(kernel, gbar: Tensor, A: Tensor, B: Tensor, amult: Tensor, count: Tensor | None, *delta: Tensor) -> Tensor:
-    """Launch ``kernel`` and add up its partial sums: [b, r_out], [b, r] or [b r_out, r + 1]."""
+    """Launch ``kernel`` on the device of the rows and add up its partial sums."""
+    with torch.cuda.device_of(A):
+        return _run_on_current_device(kernel, gbar, A, B, amult, count, *delta)
+
+
+def _run_on_current_device(kernel, gbar, A, B, amult, count, *delta) -> Tensor:
+    """The layer's output [b, r_out], the gradient [b, r], or Jacobian with output as last column [b r_out, r + 1]."""
     (b, r), (M, r_out) = gbar.shape, A.shape
     gbar, amult = gbar.to(torch.float32).contiguous(), amult.to(torch.float32).contiguous()
     A, B = (rows if rows.stride(1) == 1 else rows.contiguous() for rows in (A, B))
@@ -439,8 +443,8 @@ def _run(kernel, gbar: Tensor, A: Tensor, B: Tensor, amult: Tensor, count: Tenso
     start = functools.partial(kernel.warmup, gbar, A, B, amult, *delta, count, gbar, M, b, *constants, grid=(1,))
     programs = max(1, _resident(start, launch.warps, (kernel, A.dtype, count is None, constants), A.device) // tiles)
     partial, out = gbar.new_empty(programs, length, columns + along), gbar.new_empty(length, columns)
-    kernel[(tiles, programs)](gbar, A, B, amult, *delta, count, partial, M, b, *constants, num_warps=launch.warps)
     width = 32
+    kernel[(tiles, programs)](gbar, A, B, amult, *delta, count, partial, M, b, *constants, num_warps=launch.warps)
     _reduce_kernel[(length, triton.cdiv(columns, width))](
         *(partial, gbar, out, count, M, programs, length),
         *(columns, r, group, along, launch.rows, triton.next_power_of_2(programs), width),
@@ -454,9 +458,7 @@ def _choose_launch(kernel, b: int, r: int, r_out: int, itemsize: int, device: to
     if kernel is _jacobian_kernel:
         launches = [Launch(rows, 8, 8, 3, narrowest=32) for rows in (64, 32, 16)]
     else:
-        # Two warps, where they can hold the sums of a wide layer, leave room for a second program's tiles.
-        warps = 2 if kernel is _backward_kernel and r_out > 16 and r <= 448 and itemsize == 2 else 4
-        launches = [Launch(32, 8, warps, 3), Launch(32, 8, warps, 2), Launch(16, 8, 4, 3), Launch(16, 8, 4, 2)]
+        launches = [Launch(32, 8, 4, 3), Launch(32, 8, 4, 2), Launch(16, 8, 4, 3), Launch(16, 8, 4, 2)]
         if b > 32 and itemsize == 2 and r <= 512 and r_out <= 512:
             wide = [Launch(32, 128, 8, 2)] if b > 64 and kernel is _forward_kernel else []
             launches = [*wide, Launch(32, 64, 8, 3), Launch(32, 64, 8, 2), *launches]

@@ -22,6 +22,7 @@ from pizoo.functional import unit
 from pizoo.models import InfPiMLP, PiNet
 from pizoo.nn import InfPiLinear
 from pizoo.ops import library as ops
+from pizoo.ops.append import append_fused, append_reference
 from pizoo.optim import FOLD_DECAY_BELOW, PiSGD
 from pizoo.recipes import Train
 from pizoo.rows import row_scale, rows_norm
@@ -36,19 +37,11 @@ class GrowingState:
 
     def __init__(self, layer: InfPiLinear):
         self.layer = layer
-        self.A, self.B, self.amult = layer.storages
+        self.storages = self.A, self.B, self.amult = layer.storages
         self.outputs = self.A.shape[1]
         device = self.A.device
         self.count = torch.tensor([layer.count], device=device)
         self.decay = torch.tensor(layer.decay, dtype=torch.float64, device=device)
-
-    def append(self, A: Tensor, B: Tensor, amult: Tensor, finite: Tensor) -> None:
-        """Write rows behind those in use, and count them if the step was finite."""
-        rows = self.count + torch.arange(len(A), device=A.device)
-        self.A.index_copy_(0, rows, A)
-        self.B.index_copy_(0, rows, B)
-        self.amult.index_copy_(0, rows, amult)
-        self.count.add_(finite * len(A))
 
     def sync(self) -> None:
         """Tell the layer how far it has grown."""
@@ -82,7 +75,7 @@ class Gradient:
             weight = rows_norm(self.delta, self.inputs)
         else:
             inputs, delta = (t.to(torch.promote_types(t.dtype, torch.float32)) for t in (self.inputs, self.delta))
-            weight = ((inputs @ inputs.T) * (delta @ delta.T)).sum().clamp(min=0).sqrt()
+            weight = (_gram(inputs) * _gram(delta)).sum().clamp(min=0).sqrt()
         return [weight] if self.bias is None else [weight, torch.linalg.vector_norm(self.bias, dtype=weight.dtype)]
 
 
@@ -118,6 +111,7 @@ class Engine:
         self.growing = [GrowingState(m) for m in model.modules() if isinstance(m, InfPiLinear)]
         on_gpu = device.type == "cuda"
         self._compute = torch.compile(self._compute_step, fullgraph=True, dynamic=False) if on_gpu else self._compute_step
+        self._append = append_fused if on_gpu else append_reference
         self._steps: dict[int, Callable[[], None]] = {}
 
     # ------------------------------------------------------------------ epochs
@@ -183,11 +177,11 @@ class Engine:
 
     def _take_step(self, size: int) -> None:
         new_rows = self._compute(size)
-        for state, rows in zip(self.growing, new_rows, strict=True):
-            state.append(*rows, self.finite)
+        for state, (first, *rows) in zip(self.growing, new_rows, strict=True):
+            self._append(rows, state.storages, first)
 
-    def _compute_step(self, size: int) -> list[tuple[Tensor, Tensor, Tensor]]:
-        """All of a step but appending; returns the rows to append, one (A, B, amult) a growing layer."""
+    def _compute_step(self, size: int) -> list[tuple[Tensor, Tensor, Tensor, Tensor]]:
+        """All of a step but appending; returns what to append, one (first row, A, B, amult) a growing layer."""
         batch = self.order[self.position + torch.arange(size, device=self.order.device)]
         x, y = self.x[batch], self.y[batch]
         lr_factor = self.lr_factors[self.step].squeeze(0)
@@ -276,8 +270,11 @@ class Engine:
 
     def _update(
         self, gradients: list[Gradient], factors: list[list[Tensor]], lr: Tensor
-    ) -> list[tuple[Tensor, Tensor, Tensor]]:
-        """Move weights and biases, decay growing layers, and make the rows to append."""
+    ) -> list[tuple[Tensor, Tensor, Tensor, Tensor]]:
+        """Move weights and biases, decay growing layers, and make the rows to append.
+
+        Rows of a step that is not finite are written too, but not counted: the next ones overwrite them.
+        """
         new_rows = []
         growing = iter(self.growing)
         modules = [self.model.input, *(s.layer for s in self.growing)] if self.growing else list(self.model.layers)
@@ -289,10 +286,9 @@ class Engine:
                 state.decay.mul_(torch.where(self.finite, kept, 1.0))
                 A = gradient.delta * factor
                 scale = row_scale(A) if state.A.dtype.itemsize < 4 else torch.ones_like(A[:, 0])
-                amult = scale * (-step / state.decay)
-                new_rows.append(
-                    ((A / scale[:, None]).to(state.A.dtype), gradient.inputs.to(state.B.dtype), amult.to(state.amult.dtype))
-                )
+                amult = scale * (-step / state.decay).to(scale.dtype)
+                new_rows.append((state.count.clone(), A / scale[:, None], gradient.inputs, amult))
+                state.count.add_(self.finite * len(A))
             else:
                 scaled = gradient.delta * (step * factor)
                 if self.growing:
@@ -321,6 +317,11 @@ def unsupported(settings: Train, steps_per_epoch: int) -> str | None:
     if settings.last_layer_lr_mult == 0:
         return "a read-out with learning-rate multiplier 0 does not grow"
     return None
+
+
+def _gram(x: Tensor) -> Tensor:
+    """``x xᵀ`` [b, b] of [b, n], b small and n large, as a sum: fused, it beats a matrix product made for large b."""
+    return (x[:, None, :] * x).sum(2)
 
 
 def _biased(z: Tensor, module: nn.Module) -> Tensor:

@@ -42,6 +42,7 @@ def logging_to(folder: Path | None) -> Iterator[None]:
     handler = _LogFile(folder / "train.log")
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
     log.addHandler(handler)
+    level = log.level
     log.setLevel(logging.INFO)
     try:
         yield
@@ -49,6 +50,7 @@ def logging_to(folder: Path | None) -> Iterator[None]:
         log.error("stopped by %s: %s", type(error).__name__, error)
         raise
     finally:
+        log.setLevel(level)
         log.removeHandler(handler)
         with suppress(OSError):  # a full disk is told by the checkpoint that could not be written
             handler.close()

@@ -27,6 +27,7 @@ from pizoo.models import KernelRegressor
 from pizoo.optim import PiSGD, clip_grad_norm_, param_groups
 from pizoo.recipes import Recipe, RecipeError, load_recipe
 from pizoo.training.engine import Engine, unsupported
+from pizoo.training.plan import plan
 from pizoo.training.report import StepProgress, hardware, log, logging_to, peak_memory
 from pizoo.training.schedule import schedule_factor
 from pizoo.training.state import optimizer_tensors, restore
@@ -83,6 +84,7 @@ def train(
 
     Raises:
         RecipeError, FileNotFoundError, ValueError: recipe or data are missing or do not fit; nothing was begun.
+        NotEnoughMemory: it would not fit on the device; nothing was begun.
         TrainingDiverged: a loss that is not finite; epochs saved before it stay.
         CheckpointError: ``out`` holds another training, or the disk is full.
     """
@@ -90,15 +92,23 @@ def train(
         recipe = load_recipe(recipe, overrides)
     elif list(overrides):
         raise RecipeError("overrides go with a name or path; a Recipe is complete already")
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = choose_device(device)
     if dataset is None:
         dataset = recipe.data.load(data_dir)
     dataset.require(recipe.data.input_size, recipe.data.classes)
     folder = Path(out) if out is not None else None
-    if recipe.train is None:
-        return _solve(recipe, dataset, folder, device)
-    with logging_to(folder):
-        return _Training(recipe, dataset, folder, device, engine).run(progress)
+    if folder is not None:
+        _check_folder(folder, recipe)  # a folder that is refused stays as it is, its log included
+    with checkpoint.training_lock(folder):
+        if recipe.train is None:
+            return _solve(recipe, dataset, folder, device)
+        with logging_to(folder):
+            return _Training(recipe, dataset, folder, device, engine).run(progress)
+
+
+def choose_device(device: torch.device | str | None) -> torch.device:
+    """The device asked for; None: a GPU if there is one."""
+    return torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
 class _Training:
@@ -113,6 +123,7 @@ class _Training:
         settings = recipe.train
         self.steps_per_epoch = math.ceil(len(self.train_x) / settings.batch_size)
         self.steps = self.steps_per_epoch * settings.epochs
+        plan(recipe, len(self.train_x), device).check(recipe.entry)
         self.model = recipe.build_model(device)
         self.optimizer = PiSGD(
             param_groups(

@@ -1,0 +1,171 @@
+"""The engine is the plain loop written out: the same trajectory, and nothing changes after a step that is not finite."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from pizoo.data import epoch_order
+from pizoo.ops.append import append_reference
+from pizoo.recipes import RecipeError, load_recipe
+from pizoo.training import supervised
+from pizoo.training.engine import Engine
+from pizoo.training.supervised import TrainingDiverged, train
+
+SMALL = ["data.subset=203", "train.epochs=2", "train.batch_size=16", "train.schedule.milestones=[1]"]
+INFINITE = [*SMALL, "model.r=20"]
+VARIANTS = {
+    "infinite": ("digits_infpi", INFINITE),
+    "cross-entropy, layernorm, global clipping": (
+        "digits_infpi",
+        [*INFINITE, "train.loss=cross_entropy", "model.layernorm=true", "train.clip.per_param=false"],
+    ),
+    "three hidden layers, no bias, decay with multipliers": (
+        "digits_infpi",
+        [
+            *INFINITE,
+            "model.hidden_layers=3",
+            "model.bias_alpha=0",
+            "train.weight_decay=0.01",
+            "train.apply_lr_mult_to_wd=true",
+        ],
+    ),
+    "one hidden layer, zero read-out, cosine": (
+        "digits_infpi",
+        [*INFINITE, "model.hidden_layers=1", "model.readout_zero_init=true", "train.schedule={name: cosine}"],
+    ),
+    "finite, projected, decay": ("digits_finpi", [*SMALL, "model.width=40", "model.r=20", "train.weight_decay=0.01"]),
+    "finite, plain, no clipping": ("digits_mu", [*SMALL, "model.width=40", "train.clip.max_norm=null"]),
+}
+
+
+def relative(a: torch.Tensor, b: torch.Tensor) -> float:
+    a, b = a.double(), b.double()
+    return ((a - b).norm() / b.norm().clamp(min=1e-30)).item()
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_engine_and_plain_loop_give_one_trajectory_in_float64(variant: str) -> None:
+    recipe = load_recipe(VARIANTS[variant][0], [*VARIANTS[variant][1], "train.dtype=float64"])
+    plain, engine = (train(recipe, device="cpu", engine=engine) for engine in (False, True))
+    for a, b in zip(engine.history, plain.history, strict=True):
+        assert a["train_loss"] == pytest.approx(b["train_loss"], rel=1e-12)
+    wanted = plain.model.state_dict()
+    for name, tensor in engine.model.state_dict().items():
+        assert relative(tensor, wanted[name]) < 1e-12, name
+
+
+def test_engine_and_plain_loop_agree_within_rounding_in_float16_rows() -> None:
+    recipe = load_recipe("digits_infpi", [*INFINITE, "train.dtype=float16"])
+    plain, engine = (train(recipe, device="cpu", engine=engine) for engine in (False, True))
+    x = recipe.data.normalize(recipe.data.load().test_x)
+    with torch.no_grad():
+        assert relative(engine.model(x), plain.model(x)) < 5e-3
+
+
+def test_a_wide_readout_goes_without_the_jacobian(monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = load_recipe("digits_infpi", [*INFINITE, "train.dtype=float64"])
+    narrow = train(recipe, device="cpu", engine=True)
+    monkeypatch.setattr("pizoo.training.engine.JACOBIAN_OUTPUTS", 0)
+    wide = train(recipe, device="cpu", engine=True)
+    for name, tensor in narrow.model.state_dict().items():
+        assert relative(wide.model.state_dict()[name], tensor) < 1e-12, name
+
+
+def test_resumed_engine_run_is_the_uninterrupted_one_to_the_bit(tmp_path, monkeypatch) -> None:
+    recipe = load_recipe("digits_infpi", [*INFINITE, "train.epochs=3", "train.weight_decay=0.01"])
+    whole = train(recipe, tmp_path / "whole", device="cpu", engine=True)
+
+    class Stop(Exception):
+        pass
+
+    save = supervised._Training._save
+
+    def save_then_stop(self, epoch):
+        save(self, epoch)
+        if epoch == 2:
+            raise Stop
+
+    with monkeypatch.context() as patch, pytest.raises(Stop):
+        patch.setattr(supervised._Training, "_save", save_then_stop)
+        train(recipe, tmp_path / "resumed", device="cpu", engine=True)
+    resumed = train(recipe, tmp_path / "resumed", device="cpu", engine=True)
+    for name, tensor in whole.model.state_dict().items():
+        assert torch.equal(resumed.model.state_dict()[name], tensor), name
+
+
+@pytest.mark.parametrize("entry", ["digits_infpi", "digits_mu"])
+def test_nothing_changes_from_a_step_that_is_not_finite_on(entry: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    overrides = INFINITE if entry == "digits_infpi" else [*SMALL, "model.width=40"]
+    recipe = load_recipe(entry, [*overrides, "train.dtype=float64", "train.epochs=1"])
+    dataset = recipe.data.load()
+    bad = epoch_order(203, recipe.train.seed, 0)[5 * 16]  # the first sample of the sixth batch
+
+    engines: list[Engine] = []
+    original = Engine.__init__
+
+    def spoil(self, model, optimizer, settings, x, y, factors):
+        x = x.clone()
+        x[bad] = float("nan")
+        original(self, model, optimizer, settings, x, y, factors)
+        engines.append(self)
+
+    monkeypatch.setattr(Engine, "__init__", spoil)
+    with pytest.raises(TrainingDiverged, match="step 5"):
+        train(recipe, dataset=dataset, device="cpu", engine=True)
+    net = engines[0].model
+    assert all(tensor.isfinite().all() for tensor in net.state_dict().values())
+    if entry == "digits_infpi":
+        assert net.output.count == 20 + 5 * 16
+
+
+def test_engine_refuses_what_it_cannot_train() -> None:
+    recipe = load_recipe("digits_infpi", [*INFINITE, "train.momentum=0.9", "train.apply_lr_mult_to_wd=true"])
+    with pytest.raises(RecipeError, match="momentum"):
+        train(recipe, device="cpu", engine=True)
+
+
+def test_append_writes_at_the_row_the_device_names() -> None:
+    storages = (torch.zeros(9, 4, dtype=torch.float16)[:, :3], torch.zeros(9, 5, dtype=torch.float16), torch.zeros(9))
+    new = (torch.randn(2, 3), torch.randn(2, 5), torch.randn(2))
+    append_reference(new, storages, torch.tensor([6]))
+    for storage, part in zip(storages, new, strict=True):
+        assert torch.equal(storage[6:8], part.to(storage.dtype))
+        assert not storage[:6].any() and not storage[8:].any()
+
+
+FUSED = """
+import torch
+from pizoo.ops.append import append_fused, append_reference
+for r, r_out in ((7, 10), (400, 400), (5, 1)):
+    a = (torch.zeros(20, 2 * r_out, dtype=torch.float16)[:, :r_out], torch.zeros(20, r, dtype=torch.float16), torch.zeros(20))
+    b = tuple(part.clone() for part in a)
+    new = (torch.randn(3, r_out), torch.randn(3, r), torch.randn(3))
+    append_reference(new, a, torch.tensor([5]))
+    append_fused(new, b, torch.tensor([5]))
+    assert all(torch.equal(x, y) for x, y in zip(a, b)), (r, r_out)
+"""
+
+
+def test_fused_append_writes_what_the_plain_one_does() -> None:
+    pytest.importorskip("triton")
+    # A process of its own: the interpreter is chosen when Triton is first imported.
+    done = subprocess.run(
+        [sys.executable, "-c", FUSED], env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True
+    )
+    assert done.returncode == 0, done.stderr.decode()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_replayed_graph_agrees_with_the_plain_loop_on_a_gpu(variant: str) -> None:
+    recipe = load_recipe(VARIANTS[variant][0], [*VARIANTS[variant][1], "train.dtype=float32"])
+    plain, engine = train(recipe, device="cpu", engine=False), train(recipe, device="cuda", engine=True)
+    wanted = plain.model.state_dict()
+    for name, tensor in engine.model.state_dict().items():
+        assert relative(tensor.cpu(), wanted[name]) < 1e-3, name
