@@ -1,6 +1,6 @@
 """Appending b rows costs b rows: time per appended batch at small and large M.
 
-    python benchmarks/append.py [--json FILE]
+python benchmarks/append.py [--json FILE]
 """
 
 import argparse

@@ -67,7 +67,9 @@ def plot(curves: dict[str, list[float]], errors: dict[int, float], path: Path) -
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
     for name, losses in curves.items():
-        style = {"color": "black", "linewidth": 2, "zorder": 3} if name == "infinite" else {"linewidth": 1.2, "alpha": 0.8}
+        style = (
+            {"color": "black", "linewidth": 2, "zorder": 3} if name == "infinite" else {"linewidth": 1.2, "alpha": 0.8}
+        )
         smooth = torch.tensor(losses).unfold(0, 5, 1).mean(1)
         left.plot(range(2, 2 + len(smooth)), smooth, label=name, **style)
     left.set(xlabel="step", ylabel="training loss (mean of 5 steps)", title="The same batches, the same curve")

@@ -1,6 +1,6 @@
 """A net of one's own from growing layers, trained with the ordinary loop on one's own arrays or image folder.
 
-    python examples/minimal.py [FILE.npz | FOLDER]     # without either: scikit-learn's digits
+python examples/minimal.py [FILE.npz | FOLDER]     # without either: scikit-learn's digits
 """
 
 import sys

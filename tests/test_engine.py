@@ -67,15 +67,6 @@ def test_engine_and_plain_loop_agree_within_rounding_in_float16_rows() -> None:
         assert relative(engine.model(x), plain.model(x)) < 5e-3
 
 
-def test_a_wide_readout_goes_without_the_jacobian(monkeypatch: pytest.MonkeyPatch) -> None:
-    recipe = load_recipe("digits_infpi", [*INFINITE, "train.dtype=float64"])
-    narrow = train(recipe, device="cpu", engine=True)
-    monkeypatch.setattr("pizoo.training.engine.JACOBIAN_OUTPUTS", 0)
-    wide = train(recipe, device="cpu", engine=True)
-    for name, tensor in narrow.model.state_dict().items():
-        assert relative(wide.model.state_dict()[name], tensor) < 1e-12, name
-
-
 def test_resumed_engine_run_is_the_uninterrupted_one_to_the_bit(tmp_path, monkeypatch) -> None:
     recipe = load_recipe("digits_infpi", [*INFINITE, "train.epochs=3", "train.weight_decay=0.01"])
     whole = train(recipe, tmp_path / "whole", device="cpu", engine=True)

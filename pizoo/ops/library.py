@@ -27,17 +27,3 @@ def growing_backward(gbar: Tensor, A: Tensor, B: Tensor, amult: Tensor, delta: T
 @growing_backward.register_fake
 def _(gbar, A, B, amult, delta, count):
     return gbar.new_empty(len(gbar), B.shape[1], dtype=accumulate_dtype(A.dtype))
-
-
-@torch.library.custom_op("pizoo::growing_forward_jacobian", mutates_args=())
-def growing_forward_jacobian(
-    gbar: Tensor, A: Tensor, B: Tensor, amult: Tensor, count: Tensor
-) -> tuple[Tensor, Tensor]:
-    out, jacobian = ops.growing_forward_jacobian(gbar, A, B, amult, count)
-    return out.contiguous(), jacobian.contiguous()
-
-
-@growing_forward_jacobian.register_fake
-def _(gbar, A, B, amult, count):
-    dtype, (b, r_out, r) = accumulate_dtype(A.dtype), (len(gbar), A.shape[1], B.shape[1])
-    return gbar.new_empty(b, r_out, dtype=dtype), gbar.new_empty(b, r_out, r, dtype=dtype)

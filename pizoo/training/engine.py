@@ -29,7 +29,6 @@ from pizoo.rows import row_scale, rows_norm
 
 WARM_UP_STEPS = 3
 SMALLEST_DECAY = 1e-25  # within an epoch: beyond it amult / decay would leave float32
-JACOBIAN_OUTPUTS = 16  # a read-out this narrow gets its Jacobian in the forward pass, and no backward pass over its rows
 
 
 class GrowingState:
@@ -38,7 +37,6 @@ class GrowingState:
     def __init__(self, layer: InfPiLinear):
         self.layer = layer
         self.storages = self.A, self.B, self.amult = layer.storages
-        self.outputs = self.A.shape[1]
         device = self.A.device
         self.count = torch.tensor([layer.count], device=device)
         self.decay = torch.tensor(layer.decay, dtype=torch.float64, device=device)
@@ -110,7 +108,9 @@ class Engine:
         self.finite = torch.ones((), dtype=torch.bool, device=device)
         self.growing = [GrowingState(m) for m in model.modules() if isinstance(m, InfPiLinear)]
         on_gpu = device.type == "cuda"
-        self._compute = torch.compile(self._compute_step, fullgraph=True, dynamic=False) if on_gpu else self._compute_step
+        self._compute = (
+            torch.compile(self._compute_step, fullgraph=True, dynamic=False) if on_gpu else self._compute_step
+        )
         self._append = append_fused if on_gpu else append_reference
         self._steps: dict[int, Callable[[], None]] = {}
 
@@ -211,24 +211,16 @@ class Engine:
         for state in self.growing:
             layer, (gbar, s) = state.layer, unit(g)
             scale = state.decay if layer.layernorm else s * state.decay
-            rows = (gbar, state.A, state.B, state.amult)
-            if state is self.growing[-1] and state.outputs <= JACOBIAN_OUTPUTS:
-                out, jacobian = ops.growing_forward_jacobian(*rows, state.count)
-            else:
-                out, jacobian = ops.growing_forward(*rows, state.count), None
-            entered.append((gbar, s, jacobian))
+            out = ops.growing_forward(gbar, *state.storages, state.count)
+            entered.append((gbar, s))
             g = layer.alpha * _biased((out * scale).to(g.dtype), layer)
         loss, dg = self._loss(g, y)
         gradients = []
-        for state, (gbar, s, jacobian) in zip(reversed(self.growing), reversed(entered), strict=True):
+        for state, (gbar, s) in zip(reversed(self.growing), reversed(entered), strict=True):
             layer, delta = state.layer, (state.layer.alpha * dg).to(gbar.dtype)
             new_rows = delta if layer.layernorm else delta * s
             gradients.append(Gradient(layer.role, gbar, new_rows, True, _bias_gradient(layer, delta)))
-            delta = delta * state.decay
-            if jacobian is None:
-                dg = ops.growing_backward(gbar, state.A, state.B, state.amult, delta, state.count)
-            else:
-                dg = (delta[:, :, None] * jacobian).sum(1)
+            dg = ops.growing_backward(gbar, *state.storages, delta * state.decay, state.count)
             if layer.layernorm:
                 dg = dg - (dg * gbar).sum(1, keepdim=True) * gbar
                 dg = dg / torch.where(s > 0, s, torch.ones_like(s))
