@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 
@@ -13,7 +14,7 @@ from pizoo.data import epoch_order
 from pizoo.ops.append import append_reference
 from pizoo.recipes import RecipeError, load_recipe
 from pizoo.training import supervised
-from pizoo.training.engine import Engine
+from pizoo.training.engine import Engine, compiled
 from pizoo.training.supervised import TrainingDiverged, train
 
 SMALL = ["data.subset=203", "train.epochs=2", "train.batch_size=16", "train.schedule.milestones=[1]"]
@@ -149,6 +150,24 @@ def test_fused_append_writes_what_the_plain_one_does() -> None:
         [sys.executable, "-c", FUSED], env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True
     )
     assert done.returncode == 0, done.stderr.decode()
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="compiling for a CPU needs a C++ compiler")
+@pytest.mark.parametrize("variant", ["three hidden layers, no bias, decay with multipliers", "finite, projected, decay"])
+def test_compiled_step_is_the_step(variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = load_recipe(VARIANTS[variant][0], [*VARIANTS[variant][1], "train.dtype=float32", "train.epochs=1"])
+    plain = train(recipe, device="cpu", engine=False)
+    original = Engine.__init__
+
+    def compile_too(self, *args):
+        original(self, *args)
+        self._compute = compiled(self._compute_step)
+
+    monkeypatch.setattr(Engine, "__init__", compile_too)
+    fused = train(recipe, device="cpu", engine=True)
+    wanted = plain.model.state_dict()
+    for name, tensor in fused.model.state_dict().items():
+        assert relative(tensor, wanted[name]) < 1e-5, name
 
 
 @pytest.mark.gpu

@@ -39,7 +39,7 @@ class GrowingState:
         self.storages = self.A, self.B, self.amult = layer.storages
         device = self.A.device
         self.count = torch.tensor([layer.count], device=device)
-        self.decay = torch.tensor(layer.decay, dtype=torch.float64, device=device)
+        self.decay = torch.tensor([layer.decay], dtype=torch.float64, device=device)
 
     def sync(self) -> None:
         """Tell the layer how far it has grown."""
@@ -103,14 +103,13 @@ class Engine:
         self.order = torch.arange(len(x), device=device)
         exact = torch.promote_types(x.dtype, torch.float32)
         self.losses = torch.zeros(math.ceil(len(x) / settings.batch_size), dtype=exact, device=device)
+        # One-element vectors: compiling for a CPU, torch may take 0-d tensors for numbers and lose what is written to them.
         self.position = torch.zeros(1, dtype=torch.int64, device=device)  # in the epoch, in samples
         self.step = torch.zeros(1, dtype=torch.int64, device=device)  # of the whole training
-        self.finite = torch.ones((), dtype=torch.bool, device=device)
+        self.finite = torch.ones(1, dtype=torch.bool, device=device)
         self.growing = [GrowingState(m) for m in model.modules() if isinstance(m, InfPiLinear)]
         on_gpu = device.type == "cuda"
-        self._compute = (
-            torch.compile(self._compute_step, fullgraph=True, dynamic=False) if on_gpu else self._compute_step
-        )
+        self._compute = compiled(self._compute_step) if on_gpu else self._compute_step
         self._append = append_fused if on_gpu else append_reference
         self._steps: dict[int, Callable[[], None]] = {}
 
@@ -275,10 +274,11 @@ class Engine:
             step, kept = lr * group["lr_mult"], 1 - lr * group["weight_decay"] * group["weight_decay_mult"]
             if gradient.grows:
                 state = next(growing)
-                state.decay.mul_(torch.where(self.finite, kept, 1.0))
+                decay = state.decay * torch.where(self.finite, kept, 1.0)
+                state.decay.copy_(decay)
                 A = gradient.delta * factor
                 scale = row_scale(A) if state.A.dtype.itemsize < 4 else torch.ones_like(A[:, 0])
-                amult = scale * (-step / state.decay).to(scale.dtype)
+                amult = scale * (-step / decay).to(scale.dtype)
                 new_rows.append((state.count.clone(), A / scale[:, None], gradient.inputs, amult))
                 state.count.add_(self.finite * len(A))
             else:
@@ -296,6 +296,16 @@ class Engine:
 
     def _move(self, param: Tensor, kept: Tensor, change: Tensor) -> None:
         param.copy_(torch.where(self.finite, param * kept - change, param))
+
+
+def compiled(step: Callable) -> Callable:
+    """``step`` compiled as one graph, whatever was compiled before.
+
+    torch counts compilations per line of code and gives up after a few; an engine per seed would get there. Steps captured
+    earlier keep their kernels.
+    """
+    torch.compiler.reset()
+    return torch.compile(step, fullgraph=True, dynamic=False)
 
 
 def unsupported(settings: Train, steps_per_epoch: int) -> str | None:
