@@ -1,6 +1,6 @@
 """Time per training step of the CIFAR-10 nets, everything included, against the number of rows M.
 
-    python benchmarks/steps.py [--rows 50000 250000 1000000 2500000] [--steps 200] [--json FILE]
+    python benchmarks/steps.py [--rows 50000 250000 1000000 2500000] [--steps 200] [--json FILE] [--png FILE]
 
 Inputs and labels are random (time does not depend on them); nets, batch sizes and dtypes are the recipes'. Needs a GPU.
 """
@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import torch
+from ops import copy_bandwidth
 
 from pizoo.data import Dataset
 from pizoo.recipes import load_recipe
@@ -19,18 +20,6 @@ from pizoo.training.supervised import _Training
 NAMES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
 PAPER_MS = {50_000: 4.0, 250_000: 4.0, 1_000_000: 5.9, 2_500_000: 10.7}
 BYTES_PER_ROW = 4840  # A and B of both growing layers, float16, once forward and once backward
-
-
-def copy_bandwidth(size: int = 2**32) -> float:
-    """Bytes per second, read and written, of a device-to-device copy."""
-    source, target = (torch.empty(size, dtype=torch.uint8, device="cuda") for _ in range(2))
-    target.copy_(source)
-    torch.cuda.synchronize()
-    begin = time.perf_counter()
-    for _ in range(10):
-        target.copy_(source)
-    torch.cuda.synchronize()
-    return 10 * 2 * size / (time.perf_counter() - begin)
 
 
 def training(entry: str, samples: int) -> _Training:
@@ -80,6 +69,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, nargs="+", default=list(PAPER_MS))
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--png", type=Path)
     args = parser.parse_args()
     bandwidth = copy_bandwidth()
     result = {"gpu": torch.cuda.get_device_name(), "copy_bandwidth": bandwidth, "torch": torch.__version__, "steps": []}
@@ -108,6 +98,27 @@ def main() -> None:
         print(f"{entry}  {ms:.3f} ms  setup {setup:.1f} s", flush=True)
     if args.json:
         args.json.write_text(json.dumps(result, indent=1) + "\n")
+    if args.png:
+        draw(result, args.png)
+
+
+def draw(result: dict, path: Path) -> None:
+    """Time per step against rows: this package, the paper's code, and two passes over the rows at copy bandwidth."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    steps = [step for step in result["steps"] if "rows" in step]
+    rows = [step["rows"] for step in steps]
+    figure, axes = pyplot.subplots(figsize=(6.4, 4), layout="constrained")
+    axes.loglog(rows, [step["paper_ms"] for step in steps], "s--", color="tab:gray", label="the paper's code")
+    axes.loglog(rows, [step["ms"] for step in steps], "o-", color="tab:blue", label="pizoo, everything included")
+    axes.loglog(rows, [step["two_pass_limit_ms"] for step in steps], "k:", label="two passes at copy bandwidth")
+    axes.set(xlabel="rows a layer, M", ylabel="milliseconds per step", title=f"cifar10_infpi, batch 8, {result['gpu']}")
+    axes.legend(frameon=False)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=150)
 
 
 if __name__ == "__main__":

@@ -176,7 +176,11 @@ def _register_with_timm() -> None:
     tags: dict[str, dict[str, str]] = {}
     cfgs = {}
     for entry in list_entries():
-        found = config(entry)
+        try:
+            found = config(entry)
+        except CheckpointError as error:  # one damaged card must not take the package down with it
+            log.warning("%s is not registered with timm: %s", entry, error)
+            continue
         architecture = found.get("architecture")
         if architecture is None:  # kernel regressors are no timm models
             continue

@@ -153,7 +153,9 @@ def test_fused_append_writes_what_the_plain_one_does() -> None:
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="compiling for a CPU needs a C++ compiler")
-@pytest.mark.parametrize("variant", ["three hidden layers, no bias, decay with multipliers", "finite, projected, decay"])
+@pytest.mark.parametrize(
+    "variant", ["three hidden layers, no bias, decay with multipliers", "finite, projected, decay"]
+)
 def test_compiled_step_is_the_step(variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = load_recipe(VARIANTS[variant][0], [*VARIANTS[variant][1], "train.dtype=float32", "train.epochs=1"])
     plain = train(recipe, device="cpu", engine=False)
