@@ -99,6 +99,7 @@ def load(
     pretrained: bool = True,
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
+    revision: str | None = None,
     epoch: int | None = None,
 ) -> PiNet | KernelRegressor:
     """Load an entry of the zoo, or a checkpoint from a folder.
@@ -108,6 +109,7 @@ def load(
         pretrained: with its weights; False: freshly initialised.
         device: where to; None: the CPU.
         dtype: of parameters and rows; None: float32, rows as stored.
+        revision: of a repository that keeps revisions; cards and folders on this machine have one state: None.
         epoch: of a training checkpoint, the epoch to load; None: the last.
 
     Returns:
@@ -119,6 +121,8 @@ def load(
         WeightsNotFoundError: its weights are not here.
         CheckpointError: a checkpoint that is damaged or not what it claims.
     """
+    if revision is not None:
+        raise ValueError(f"revision is {revision!r}; {entry} is a folder on this machine, which has no revisions")
     folder = folder_of(entry)
     if not pretrained:
         found = checkpoint.read_config(folder)

@@ -55,6 +55,8 @@ def test_engine_and_plain_loop_give_one_trajectory_in_float64(variant: str) -> N
     plain, engine = (train(recipe, device="cpu", engine=engine) for engine in (False, True))
     for a, b in zip(engine.history, plain.history, strict=True):
         assert a["train_loss"] == pytest.approx(b["train_loss"], rel=1e-12)
+        assert a["lr"] == b["lr"] and a.get("rows") == b.get("rows")
+    assert engine.history[-1]["lr"] < recipe.train.lr  # the schedule has set in
     wanted = plain.model.state_dict()
     for name, tensor in engine.model.state_dict().items():
         assert relative(tensor, wanted[name]) < 1e-12, name

@@ -357,3 +357,8 @@ def test_fine_tuning_with_the_ordinary_loop_lowers_the_loss_and_appends_rows(ent
     assert {name: layer.count for name, layer in checkpoint.growing_layers(model).items()} == {
         name: count + 4 * 64 for name, count in before.items()
     }
+
+
+def test_a_revision_of_what_lies_on_this_machine_is_refused() -> None:
+    with pytest.raises(ValueError, match="revision is 'main'.*no revisions"):
+        pizoo.load("digits_mu", revision="main")

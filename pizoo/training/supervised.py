@@ -155,11 +155,12 @@ class _Training:
 
     def _make_engine(self) -> Engine:
         settings = self.recipe.train
-        factors = [
-            schedule_factor(settings.schedule, step, self.steps_per_epoch, self.steps) for step in range(self.steps)
-        ]
+        factors = [self._lr_factor(step) for step in range(self.steps)]
         x = self.normalize(self.train_x, next(self.model.parameters()).dtype)
         return Engine(self.model, self.optimizer, settings, x, self.train_y, torch.tensor(factors, dtype=torch.float64))
+
+    def _lr_factor(self, step: int) -> float:
+        return schedule_factor(self.recipe.train.schedule, step, self.steps_per_epoch, self.steps)
 
     def _begin_or_resume(self) -> None:
         if self.folder is None:
@@ -204,10 +205,11 @@ class _Training:
             bar.advance(epoch, loss)
         if self.engine is not None and not self.engine.all_finite:
             self._diverged(first, float("nan"))
+        step = first + self.steps_per_epoch
         record = {
             "epoch": epoch + 1,
-            "step": (epoch + 1) * self.steps_per_epoch,
-            "lr": self.optimizer.param_groups[0]["lr"],
+            "step": step,
+            "lr": settings.lr * self._lr_factor(step - 1),
             "train_loss": total / len(order),
             "train_seconds": time.perf_counter() - begin,
         }
@@ -225,7 +227,7 @@ class _Training:
 
     def _step(self, step: int, x: Tensor, y: Tensor) -> float:
         settings = self.recipe.train
-        factor = schedule_factor(settings.schedule, step, self.steps_per_epoch, self.steps)
+        factor = self._lr_factor(step)
         for group in self.optimizer.param_groups:
             group["lr"] = settings.lr * factor
         dtype = next(self.model.parameters()).dtype
