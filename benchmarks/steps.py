@@ -34,7 +34,6 @@ def training(entry: str, samples: int) -> _Training:
 def fill(run: _Training, rows: int) -> None:
     """Grow every layer of ``run`` to ``rows`` random rows, small enough not to matter to the function."""
     for layer in run.growing.values():
-        A, B, amult = layer.storages
         layer.reserve(rows + len(run.train_x))
         A, B, amult = layer.storages
         A[layer.count : rows].normal_()

@@ -32,7 +32,7 @@ TEMPLATE = (
 ```python
 import pizoo
 
-model = pizoo.load("{{ entry }}")
+model = pizoo.load({{ arguments }})
 ```
 
 {{ verification }}
@@ -41,7 +41,7 @@ model = pizoo.load("{{ entry }}")
 
 {{ numbers }}
 
-## How it was trained
+## Training
 
 {{ training }}
 
@@ -78,7 +78,7 @@ def write_card(folder: Path) -> Path:
     name = recipe["data"]["name"]
     if not (folder / checkpoint.RESULTS).exists():
         data = ModelCardData(license="mit", library_name="pizoo", tags=TAGS, model_name=recipe["entry"])
-        return _write(folder, data, recipe, UNTRAINED.format(entry=recipe["entry"]), _training(recipe))
+        return _write(folder, data, recipe, _published(recipe), _training(recipe))
     results = checkpoint.read_json(folder / checkpoint.RESULTS)
     data = ModelCardData(
         license="mit",
@@ -100,15 +100,18 @@ def write_card(folder: Path) -> Path:
 
 
 def _write(folder: Path, data: ModelCardData, recipe: dict[str, Any], numbers: str, training: str) -> Path:
+    entry, name, path = recipe["entry"], recipe["data"]["name"], recipe["data"]["path"]
+    trained = (folder / checkpoint.RESULTS).exists()
     # Kernel regressors have no quick check unless their training images ship.
-    name, path = recipe["data"]["name"], recipe["data"]["path"]
     images_needed = recipe["train"] is None and not (path is None and dataset_path(name).is_relative_to(ASSETS))
+    verification = (VERIFY_FULL if images_needed else VERIFY_QUICK).format(entry=entry)
     card = ModelCard.from_template(
         data,
         template_str=TEMPLATE,
-        entry=recipe["entry"],
+        entry=entry,
         description=recipe["description"],
-        verification=(VERIFY_FULL if images_needed else VERIFY_QUICK).format(entry=recipe["entry"]),
+        arguments=f'"{entry}"' if trained else f'"{entry}", pretrained=False',
+        verification=verification if trained else UNTRAINED.format(entry=entry),
         numbers=numbers,
         training=training,
     )
@@ -132,14 +135,15 @@ def _numbers(recipe: dict[str, Any], results: dict[str, Any]) -> str:
         lines.append(f"| {what} {run['seed']} | {run['accuracy']:.2f} | {best} | {run['train_seconds']:.1f} s |")
     if results["standard_error"] is not None:
         lines.append(f"| mean | {results['mean_accuracy']:.2f} ± {results['standard_error']:.2f} | | |")
-    published = recipe["published"]
-    lines.append(
-        f"| published | {published['accuracy']:.2f} ({published['source']}) | | |"
-        if published
-        else "| published | none | | |"
-    )
     lines += ["", f"Measured on {results['hardware']}, {results['date']}."]
-    return "\n".join(lines)
+    return "\n".join([*lines, "", _published(recipe)])
+
+
+def _published(recipe: dict[str, Any]) -> str:
+    published = recipe["published"]
+    if published is None:
+        return "The paper has no number for it."
+    return f"Published: {published['accuracy']:.2f} ({published['source']}; {published['protocol']})."
 
 
 def _training(recipe: dict[str, Any]) -> str:
@@ -148,8 +152,11 @@ def _training(recipe: dict[str, Any]) -> str:
         model = {key: value for key, value in recipe["model"].items() if key != "kind"}
         settings = ", ".join(f"{key} {value:g}" for key, value in model.items())
         return f"Not trained: solved in float64 on all training images ({settings})."
+    clip, schedule = train["clip"], train["schedule"]
+    clipped = "" if clip["max_norm"] is None else f", gradients clipped at {clip['max_norm']:g}"
+    stored = "rows" if recipe["model"]["kind"] == "infpi" else "weights"
     return (
-        f"{train['epochs']} epochs, batches of {train['batch_size']}, plain SGD with learning rate {train['lr']:g}, weights in "
-        f"{train['dtype']}. `config.json` holds the whole recipe, `results.json` its curve. To run it again: "
+        f"{train['epochs']} epochs, batches of {train['batch_size']}, SGD with learning rate {train['lr']:g}, "
+        f"{schedule['name']} schedule{clipped}; {stored} in {train['dtype']}. `config.json` holds the whole recipe. To run it again: "
         f"`pizoo train {recipe['entry']}`."
     )

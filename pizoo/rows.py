@@ -205,7 +205,7 @@ class Rows(nn.Module):
         """Reserve storage for ``capacity`` rows in all, so that appending up to there moves nothing."""
         for part in (self._A, self._B, self._amult):
             part.reserve(capacity)
-        self._point()
+            self._point()  # lets go of the old storage before the next part is copied
 
     @torch.no_grad()
     def append(self, A: Tensor, B: Tensor, amult: Tensor | float) -> Tensor:

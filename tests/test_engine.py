@@ -117,6 +117,27 @@ def test_nothing_changes_from_a_step_that_is_not_finite_on(entry: str, monkeypat
         assert net.output.count == 20 + 5 * 16
 
 
+def test_a_gradient_that_is_not_finite_is_told_at_its_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = load_recipe("digits_mu", [*SMALL, "model.width=40", "train.dtype=float64", "train.epochs=1"])
+    loss = Engine._loss
+
+    def spoil(self, logits, y):
+        value, gradient = loss(self, logits, y)
+        return value, gradient * torch.where(self.step == 7, torch.inf, 1.0)
+
+    monkeypatch.setattr(Engine, "_loss", spoil)
+    with pytest.raises(TrainingDiverged, match="step 7"):
+        train(recipe, device="cpu", engine=True)
+
+
+def test_strong_weight_decay_is_the_plain_loops_not_an_error() -> None:
+    overrides = [*SMALL, "model.width=40", "train.weight_decay=0.5", "train.last_layer_lr_mult=16"]
+    train(load_recipe("digits_mu", overrides), device="cpu", engine=True)
+    growing = load_recipe("digits_infpi", [*INFINITE, "train.lr=1.0", "train.weight_decay=0.999"])
+    with pytest.raises(RecipeError, match="leaves nothing of a row"):
+        train(growing, device="cpu", engine=True)
+
+
 def test_engine_refuses_what_it_cannot_train() -> None:
     recipe = load_recipe("digits_infpi", [*INFINITE, "train.momentum=0.9", "train.apply_lr_mult_to_wd=true"])
     with pytest.raises(RecipeError, match="momentum"):

@@ -360,5 +360,5 @@ def test_fine_tuning_with_the_ordinary_loop_lowers_the_loss_and_appends_rows(ent
 
 
 def test_a_revision_of_what_lies_on_this_machine_is_refused() -> None:
-    with pytest.raises(ValueError, match="revision is 'main'.*no revisions"):
+    with pytest.raises(ValueError, match=r"revision is 'main'.*no revisions"):
         pizoo.load("digits_mu", revision="main")

@@ -18,7 +18,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-__all__ = ["growing_backward", "growing_forward", "growing_forward_jacobian", "use"]
+__all__ = ["fused", "growing_backward", "growing_forward", "growing_forward_jacobian", "use"]
 
 IMPLEMENTATIONS = ("reference", "blocked", "triton")
 
@@ -66,10 +66,16 @@ def use(implementation: str | None) -> Iterator[None]:
         _forced = before
 
 
+def fused(gbar: Tensor, A: Tensor, op: str = "growing_forward") -> bool:
+    """Whether ``op`` on these inputs [b, r] and rows [M, r_out] runs as a fused kernel, which reads ``count`` on the device."""
+    can = _check_name(_forced) is None and A.is_cuda and not _failed and _fused(A.device)
+    return can and _module("triton").supports(op, gbar, A)
+
+
 def _run(op: str, gbar: Tensor, A: Tensor, B: Tensor, amult: Tensor, *delta: Tensor, count: Tensor | None):
     _check_rows(gbar, A, B, amult)
     forced = _check_name(_forced)
-    if forced is None and A.is_cuda and not _failed and _fused(A.device) and _module("triton").supports(op, gbar, A):
+    if fused(gbar, A, op):
         try:
             return getattr(_module("triton"), op)(gbar, A, B, amult, *delta, count=count)
         except (torch.OutOfMemoryError, torch.AcceleratorError):

@@ -24,7 +24,8 @@ def append_fused(new: tuple[Tensor, ...], storages: tuple[Tensor, ...], first: T
     (b, r_out), r = new[0].shape, new[1].shape[1]
     strides = (storages[0].stride(0), storages[1].stride(0))
     width = triton.next_power_of_2(max(r, r_out))
-    _append_kernel[(b,)](*(part.contiguous() for part in new), first, *storages, r_out, r, *strides, width)
+    with torch.cuda.device_of(storages[0]):
+        _append_kernel[(b,)](*(part.contiguous() for part in new), first, *storages, r_out, r, *strides, width)
 
 
 def _append_kernel(

@@ -93,7 +93,7 @@ class Engine:
     """
 
     def __init__(self, model: PiNet, optimizer: PiSGD, settings: Train, x: Tensor, y: Tensor, lr_factors: Tensor):
-        if reason := unsupported(settings, math.ceil(len(x) / settings.batch_size)):
+        if reason := unsupported(settings, math.ceil(len(x) / settings.batch_size), grows=isinstance(model, InfPiMLP)):
             raise ValueError(f"the engine cannot train this: {reason}")
         self.model, self.settings = model, settings
         self.groups = {group["role"]: group for group in optimizer.param_groups}
@@ -143,9 +143,10 @@ class Engine:
     @torch.no_grad()
     def _step_of(self, size: int) -> Callable[[], None]:
         """A step with batches of ``size``: on a GPU the replay of its graph, captured when first asked for."""
-        if size not in self._steps:
-            self._steps[size] = self._capture(size) if self.x.is_cuda else lambda: self._take_step(size)
-        return self._steps[size]
+        if size not in self._steps and self.x.is_cuda:
+            with torch.cuda.device(self.x.device):
+                self._steps[size] = self._capture(size)
+        return self._steps.setdefault(size, lambda: self._take_step(size))
 
     def _capture(self, size: int) -> Callable[[], None]:
         # Steps taken to compile, tune and warm up must leave no trace. Rows beyond the count are none.
@@ -189,7 +190,9 @@ class Engine:
         self.finite.logical_and_(torch.stack([loss, *norms]).isfinite().all())
         lr = self.settings.lr * lr_factor
         new_rows = self._update(gradients, factors, lr)
-        self.losses.index_copy_(0, self.position // self.settings.batch_size, loss[None])
+        # A gradient that is not finite shows as a loss that is not, so that the host knows the step.
+        told = torch.where(self.finite | ~loss.isfinite(), loss, math.nan)
+        self.losses.index_copy_(0, self.position // self.settings.batch_size, told)
         self.position.add_(size)
         self.step.add_(1)
         return new_rows
@@ -264,7 +267,7 @@ class Engine:
     ) -> list[tuple[Tensor, Tensor, Tensor, Tensor]]:
         """Move weights and biases, decay growing layers, and make the rows to append.
 
-        Rows of a step that is not finite are written too, but not counted: the next ones overwrite them.
+        Rows of a step that is not finite are written too, but not counted: nothing reads them.
         """
         new_rows = []
         growing = iter(self.growing)
@@ -308,16 +311,18 @@ def compiled(step: Callable) -> Callable:
     return torch.compile(step, fullgraph=True, dynamic=False)
 
 
-def unsupported(settings: Train, steps_per_epoch: int) -> str | None:
-    """Why the engine cannot train with these settings, in words; None if it can."""
+def unsupported(settings: Train, steps_per_epoch: int, grows: bool) -> str | None:
+    """Why the engine cannot train with these settings, in words; None if it can. ``grows``: an infinite net."""
     if settings.momentum:
         return "momentum moves every row at every step"
-    largest = max(1.0, settings.first_layer_lr_mult, settings.last_layer_lr_mult)
-    kept = 1 - settings.lr * settings.weight_decay * largest
-    if steps_per_epoch * math.log(kept) < math.log(SMALLEST_DECAY):
-        return "weight decay leaves nothing of a row within an epoch"
+    if not grows:
+        return None
     if settings.last_layer_lr_mult == 0:
         return "a read-out with learning-rate multiplier 0 does not grow"
+    largest = max(1.0, settings.last_layer_lr_mult) if settings.apply_lr_mult_to_wd else 1.0
+    kept = 1 - settings.lr * settings.weight_decay * largest
+    if kept <= 0 or steps_per_epoch * math.log(kept) < math.log(SMALLEST_DECAY):
+        return "weight decay leaves nothing of a row within an epoch"
     return None
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import time
 from dataclasses import dataclass
 
@@ -30,7 +31,7 @@ class Plan:
         steps: of the whole training.
         rows: final number of rows of each growing layer (0 for finite nets).
         row_bytes: of all growing layers at the end.
-        needed: bytes in all, on the device: rows, data, parameters, headroom.
+        needed: bytes in all, on the device: rows, data, and headroom for all else.
         available: bytes free on the device now.
         seconds: estimate from a measurement on this device; None for finite nets.
     """
@@ -74,10 +75,14 @@ def plan(recipe: Recipe, samples: int, device: torch.device, estimate_time: bool
 def free_memory(device: torch.device) -> int:
     """Bytes free on a GPU, or in the machine's memory."""
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    with open("/proc/meminfo") as file:
-        fields = dict(line.split(":", 1) for line in file)
-    return int(fields["MemAvailable"].split()[0]) * 1024
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + cached
+    try:
+        with open("/proc/meminfo") as file:
+            fields = dict(line.split(":", 1) for line in file)
+        return int(fields["MemAvailable"].split()[0]) * 1024
+    except FileNotFoundError:  # not Linux: take the machine's whole memory
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def _layer_widths(recipe: Recipe) -> list[int]:

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pizoo import __version__, checkpoint
+from pizoo import __version__, checkpoint, ops
 from pizoo.data import Dataset, epoch_order
 from pizoo.evaluation.accuracy import accuracy, predict
 from pizoo.models import KernelRegressor
@@ -148,7 +148,9 @@ class _Training:
         self.engine = self._make_engine() if self._wants_engine(engine) else None
 
     def _wants_engine(self, asked: bool | None) -> bool:
-        reason = unsupported(self.recipe.train, self.steps_per_epoch)
+        reason = unsupported(self.recipe.train, self.steps_per_epoch, bool(self.growing))
+        if self.device.type == "cuda" and not all(ops.fused(layer.B[:1], layer.A) for layer in self.growing.values()):
+            reason = "there are no fused kernels for its rows on this device"
         if asked and reason:
             raise RecipeError(f"{self.recipe.entry}: the engine cannot train this recipe: {reason}")
         return asked if asked is not None else self.device.type == "cuda" and reason is None
@@ -203,8 +205,6 @@ class _Training:
                 self._diverged(first + i, loss)
             total += loss * len(batch)
             bar.advance(epoch, loss)
-        if self.engine is not None and not self.engine.all_finite:
-            self._diverged(first, float("nan"))
         step = first + self.steps_per_epoch
         record = {
             "epoch": epoch + 1,
