@@ -7,6 +7,7 @@ import argparse
 import json
 import platform
 import statistics
+import sys
 import time
 from pathlib import Path
 
@@ -38,6 +39,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the result here")
     args = parser.parse_args()
     result = {
+        "command": " ".join(["python", *sys.argv]),
         "what": f"microseconds per appended batch of {BATCH} rows, rank {RANK}, float16 rows, median of {APPENDS}",
         "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
         "torch": torch.__version__,

@@ -115,6 +115,7 @@ def measure(rows: list[int]) -> dict:
         results.append(result)
         print(f"M = {M:>9,}: step {result['step_ms']:.3f} ms, two-pass limit {result['limit_ms']:.3f} ms", flush=True)
     return {
+        "command": " ".join(["python", *sys.argv]),
         "gpu": torch.cuda.get_device_name(),
         "torch": torch.__version__,
         "triton": triton.__version__,

@@ -7,6 +7,7 @@ Inputs and labels are random (time does not depend on them); nets, batch sizes a
 
 import argparse
 import json
+import sys
 import time
 from pathlib import Path
 
@@ -71,7 +72,13 @@ def main() -> None:
     parser.add_argument("--png", type=Path)
     args = parser.parse_args()
     bandwidth = copy_bandwidth()
-    result = {"gpu": torch.cuda.get_device_name(), "copy_bandwidth": bandwidth, "torch": torch.__version__, "steps": []}
+    result = {
+        "command": " ".join(["python", *sys.argv]),
+        "gpu": torch.cuda.get_device_name(),
+        "copy_bandwidth": bandwidth,
+        "torch": torch.__version__,
+        "steps": [],
+    }
     print(f"copy {bandwidth / 1e12:.2f} TB/s")
     for rows in args.rows:
         run = training("cifar10_infpi", 8 * (args.steps + 10))

@@ -157,6 +157,6 @@ def _training(recipe: dict[str, Any]) -> str:
     stored = "rows" if recipe["model"]["kind"] == "infpi" else "weights"
     return (
         f"{train['epochs']} epochs, batches of {train['batch_size']}, SGD with learning rate {train['lr']:g}, "
-        f"{schedule['name']} schedule{clipped}; {stored} in {train['dtype']}. `config.json` holds the whole recipe. To run it again: "
-        f"`pizoo train {recipe['entry']}`."
+        f"{schedule['name']} schedule{clipped}; {stored} in {train['dtype']}. `config.json` holds the whole recipe. "
+        f"To run it again: `pizoo train {recipe['entry']}`."
     )
