@@ -60,7 +60,7 @@ def time_steps(run: _Training, steps: int) -> tuple[float, float]:
         step()
     events[1].record()
     torch.cuda.synchronize()
-    assert run.engine.all_finite
+    assert run.engine.finite.item()
     return events[0].elapsed_time(events[1]) / steps, setup
 
 

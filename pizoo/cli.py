@@ -96,8 +96,8 @@ def train(
 
 def _print_plan(recipe: Any, data: Path | None, device: str | None) -> None:
     """What training a recipe would take, as a table."""
+    from pizoo.evaluation.accuracy import choose_device
     from pizoo.training.plan import plan
-    from pizoo.training.supervised import choose_device
 
     if recipe.train is None:
         raise ValueError(f"{recipe.entry} is solved, not trained: there is no training to plan")

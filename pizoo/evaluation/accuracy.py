@@ -10,6 +10,11 @@ from torch import Tensor, nn
 EVALUATION_BATCH = 1000
 
 
+def choose_device(device: torch.device | str | None) -> torch.device:
+    """The device asked for; None: a GPU if there is one."""
+    return torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
 @torch.no_grad()
 def predict(
     model: nn.Module, x: Tensor, normalize: Callable[..., Tensor], batch_size: int = EVALUATION_BATCH

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from pizoo import zoo
 from pizoo.data import Dataset, read_images
-from pizoo.evaluation.accuracy import accuracy, predict
+from pizoo.evaluation.accuracy import accuracy, choose_device, predict
 from pizoo.models import KernelRegressor
 
 
@@ -44,8 +44,7 @@ def evaluate(
     if isinstance(model_or_entry, nn.Module):
         model = model_or_entry if device is None else model_or_entry.to(device)
     else:
-        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        model = zoo.load(model_or_entry, device=device, epoch=epoch)
+        model = zoo.load(model_or_entry, device=choose_device(device), epoch=epoch)
     if not hasattr(model, "config"):
         raise ValueError(
             "model was not loaded by pizoo.load: its data and preprocessing are unknown; call predict instead"

@@ -13,7 +13,7 @@ import torch
 from pizoo import checkpoint, zoo
 from pizoo.checkpoint import CheckpointError
 from pizoo.data import DataNotFoundError
-from pizoo.evaluation.accuracy import accuracy, predict
+from pizoo.evaluation.accuracy import accuracy, choose_device, predict
 from pizoo.evaluation.entries import attach_training_images
 from pizoo.models import KernelRegressor
 
@@ -85,7 +85,7 @@ def verify(
     """
     begin = time.perf_counter()
     folder = zoo.folder_of(entry)
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = choose_device(device)
     status, reason, recorded, measured = "not run", "", None, None
     results: dict[str, Any] = {}
     config: dict[str, Any] = {}

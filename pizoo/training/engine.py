@@ -135,11 +135,6 @@ class Engine:
             state.sync()
         return self.losses.tolist()
 
-    @property
-    def all_finite(self) -> bool:
-        """Whether every loss and gradient so far was finite; waits for the device."""
-        return bool(self.finite)
-
     @torch.no_grad()
     def _step_of(self, size: int) -> Callable[[], None]:
         """A step with batches of ``size``: on a GPU the replay of its graph, captured when first asked for."""

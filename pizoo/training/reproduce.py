@@ -12,7 +12,7 @@ import torch
 from pizoo import checkpoint
 from pizoo.cards import write_card
 from pizoo.evaluation.accuracy import accuracy, predict, standard_error
-from pizoo.models import KernelRegressor
+from pizoo.evaluation.entries import attach_training_images
 from pizoo.recipes import Recipe
 from pizoo.training.supervised import TrainResult, train
 
@@ -40,19 +40,12 @@ def reproduce(
         what ``results.json`` holds.
     """
     seeds = list(range(recipe.seeds)) if seeds is None else list(seeds)
-    outcomes = {
-        seed: train(
-            recipe.with_seed(seed), Path(runs) / f"seed-{seed}", data_dir=data_dir, device=device, progress=progress
-        )
-        for seed in seeds
-    }
-    shipped = outcomes[seeds[0]]
-    accuracies = [outcome.results["accuracy"] for outcome in outcomes.values()]
-    results = {
-        **shipped.results,
-        "accuracy": _ship(shipped, Path(card), data_dir),
-        "shipped_seed": seeds[0],
-        "seeds": [
+    shipped, trained = None, []
+    for seed in seeds:
+        folder = Path(runs) / f"seed-{seed}"
+        outcome = train(recipe.with_seed(seed), folder, data_dir=data_dir, device=device, progress=progress)
+        shipped = shipped or outcome  # of the others only the numbers are kept, not their nets
+        trained.append(
             {
                 "seed": seed,
                 "accuracy": outcome.results["accuracy"],
@@ -60,8 +53,13 @@ def reproduce(
                 "epochs": outcome.recipe.train.epochs if outcome.recipe.train else 0,
                 "train_seconds": outcome.results["train_seconds"],
             }
-            for seed, outcome in outcomes.items()
-        ],
+        )
+    accuracies = [run["accuracy"] for run in trained]
+    results = {
+        **shipped.results,
+        "accuracy": _ship(shipped, Path(card), data_dir),
+        "shipped_seed": seeds[0],
+        "seeds": trained,
         "mean_accuracy": sum(accuracies) / len(accuracies),
         "standard_error": standard_error(accuracies),
     }
@@ -76,6 +74,5 @@ def _ship(outcome: TrainResult, card: Path, data_dir: str | os.PathLike | None) 
     dataset, normalize = recipe.data.load(data_dir), recipe.data.normalize
     checkpoint.save_with_probe(card, outcome.model, recipe.config(dataset.class_names), dataset, normalize)
     model, _ = checkpoint.load(card, device=next(iter(outcome.model.state_dict().values())).device)
-    if isinstance(model, KernelRegressor):
-        model.attach(normalize(dataset.train_x, torch.float64))
+    attach_training_images(model, dataset.train_x, normalize)
     return accuracy(predict(model, dataset.test_x, normalize), dataset.test_y)

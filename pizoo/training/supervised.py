@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from pizoo import __version__, checkpoint, ops
 from pizoo.data import Dataset, epoch_order
-from pizoo.evaluation.accuracy import accuracy, predict
+from pizoo.evaluation.accuracy import accuracy, choose_device, predict
 from pizoo.models import KernelRegressor
 from pizoo.optim import PiSGD, clip_grad_norm_, param_groups
 from pizoo.recipes import Recipe, RecipeError, load_recipe
@@ -104,11 +104,6 @@ def train(
             return _solve(recipe, dataset, folder, device)
         with logging_to(folder):
             return _Training(recipe, dataset, folder, device, engine).run(progress)
-
-
-def choose_device(device: torch.device | str | None) -> torch.device:
-    """The device asked for; None: a GPU if there is one."""
-    return torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
 class _Training:
