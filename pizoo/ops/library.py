@@ -27,3 +27,15 @@ def growing_backward(gbar: Tensor, A: Tensor, B: Tensor, amult: Tensor, delta: T
 @growing_backward.register_fake
 def _(gbar, A, B, amult, delta, count):
     return gbar.new_empty(len(gbar), B.shape[1], dtype=accumulate_dtype(A.dtype))
+
+
+@torch.library.custom_op("pizoo::growing_forward_jacobian", mutates_args=())
+def growing_forward_jacobian(gbar: Tensor, A: Tensor, B: Tensor, amult: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
+    return ops.growing_forward_jacobian(gbar, A, B, amult, count)
+
+
+@growing_forward_jacobian.register_fake
+def _(gbar, A, B, amult, count):
+    b, r_out, r = len(gbar), A.shape[1], B.shape[1]
+    dtype = accumulate_dtype(A.dtype)
+    return gbar.new_empty(b, r_out, dtype=dtype), gbar.new_empty(b, r_out, r, dtype=dtype)

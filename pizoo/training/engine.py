@@ -18,10 +18,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from pizoo import ops
 from pizoo.functional import unit
 from pizoo.models import InfPiMLP, PiNet
 from pizoo.nn import InfPiLinear
-from pizoo.ops import library as ops
+from pizoo.ops import library
 from pizoo.ops.append import append_fused, append_reference
 from pizoo.optim import FOLD_DECAY_BELOW, PiSGD
 from pizoo.recipes import Train
@@ -111,7 +112,15 @@ class Engine:
         on_gpu = device.type == "cuda"
         self._compute = compiled(self._compute_step) if on_gpu else self._compute_step
         self._append = append_fused if on_gpu else append_reference
+        self._one_pass = not on_gpu or self._readout_in_one_pass()
         self._steps: dict[int, Callable[[], None]] = {}
+
+    def _readout_in_one_pass(self) -> bool:
+        """Whether the read-out's Jacobian comes with its output, so that the backward pass reads no row of it again."""
+        if not self.growing:
+            return False
+        A, B, _ = self.growing[-1].storages
+        return ops.fused(B.new_empty(self.settings.batch_size, B.shape[1]), A, "growing_forward_jacobian")
 
     # ------------------------------------------------------------------ epochs
 
@@ -208,7 +217,10 @@ class Engine:
         for state in self.growing:
             layer, (gbar, s) = state.layer, unit(g)
             scale = state.decay if layer.layernorm else s * state.decay
-            out = ops.growing_forward(gbar, *state.storages, state.count)
+            if self._one_pass and state is self.growing[-1]:
+                out, jacobian = library.growing_forward_jacobian(gbar, *state.storages, state.count)
+            else:
+                out, jacobian = library.growing_forward(gbar, *state.storages, state.count), None
             entered.append((gbar, s))
             g = layer.alpha * _biased((out * scale).to(g.dtype), layer)
         loss, dg = self._loss(g, y)
@@ -217,7 +229,10 @@ class Engine:
             layer, delta = state.layer, (state.layer.alpha * dg).to(gbar.dtype)
             new_rows = delta if layer.layernorm else delta * s
             gradients.append(Gradient(layer.role, gbar, new_rows, True, _bias_gradient(layer, delta)))
-            dg = ops.growing_backward(gbar, *state.storages, delta * state.decay, state.count)
+            if self._one_pass and state is self.growing[-1]:
+                dg = ((delta * state.decay)[:, :, None] * jacobian).sum(1)
+            else:
+                dg = library.growing_backward(gbar, *state.storages, delta * state.decay, state.count)
             if layer.layernorm:
                 dg = dg - (dg * gbar).sum(1, keepdim=True) * gbar
                 dg = dg / torch.where(s > 0, s, torch.ones_like(s))
