@@ -61,6 +61,13 @@ def relu_kernel(x: Tensor, y: Tensor) -> Tensor:
     return norm_x * norm_y.T * F00((x @ y.T).clamp(-1, 1))
 
 
+def relu_kernel_of_gram(gram: Tensor) -> Tensor:
+    """:func:`relu_kernel` of vectors with themselves, from their inner products [..., n, n]."""
+    norm = gram.diagonal(dim1=-2, dim2=-1).clamp(min=0).sqrt()
+    scale = norm[..., :, None] * norm[..., None, :]
+    return scale * F00((gram / torch.where(scale > 0, scale, 1)).clamp(-1, 1))
+
+
 def nngp(x: Tensor, y: Tensor, depth: int, var_w: float = 1.0, var_b: float = 0.0) -> Tensor:
     """The NNGP kernel of an infinitely wide ReLU MLP after ``depth`` hidden layers.
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pizoo.functional import relu_kernel
+from pizoo.functional import relu_kernel_of_gram
 
 NO_TENSOR = (
     "the gradient of a growing layer is not a tensor but the rows that a step appends; step with pizoo.optim.PiSGD, clip with "
@@ -313,7 +313,17 @@ class Rows(nn.Module):
 
 def rows_norm(A: Tensor, B: Tensor) -> Tensor:
     """Norm of rows in function space, ``|Δ|² = Σ_ij (a_i . a_j) K(b_i, b_j)`` with K the zero-mean ReLU kernel; 0-d."""
-    return ((A @ A.T) * relu_kernel(B, B)).sum().clamp(min=0).sqrt()
+    return rows_norm_of_grams(A @ A.T, B @ B.T)
+
+
+def rows_norm_of_grams(A: Tensor, B: Tensor) -> Tensor:
+    """:func:`rows_norm` from the inner products of the rows' two parts, [..., n, n] each: [...]."""
+    return product_norm_of_grams(A, relu_kernel_of_gram(B))
+
+
+def product_norm_of_grams(A: Tensor, B: Tensor) -> Tensor:
+    """Norm of ``XᵀY`` for X [n, ...], Y [n, ...] from their inner products [..., n, n] each: [...]."""
+    return (A * B).sum((-2, -1)).clamp(min=0).sqrt()
 
 
 def row_scale(A: Tensor) -> Tensor:

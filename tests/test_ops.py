@@ -193,21 +193,21 @@ def test_fused_ops_match_the_definition_on_the_grid(r):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not CUDA, reason="needs a CUDA device")
-@pytest.mark.parametrize("r", [1, 7, 100, 200, 400, 401])
+@pytest.mark.parametrize("r", [8, 64, 200, 400, 408])
 def test_fused_jacobian_matches_the_definition_on_the_grid(r):
     from pizoo.ops import triton
 
     checked = 0
     for r_out, b, M, dtype in itertools.product((1, 2, 7, 10), (1, 8, 9, 16), (1, 64, 65, 30_000), (half, brain)):
         inputs = rows(Case(M, r, r_out, b, dtype, amult=4.0, unused=M % 3))
-        if triton.supports(OPS[2], inputs[0], inputs[1]):
+        if triton.supports(OPS[2], *inputs[:2]):
             worst = error(call(triton, OPS[2], *inputs), OPS[2], *inputs)
             assert worst <= TOLERANCE[dtype], (r_out, b, M, dtype)
             checked += 1
     assert checked or torch.cuda.get_device_capability() < (9, 0)
 
 
-@pytest.mark.parametrize("shape", [(400, 10), (401, 10), (64, 10), (7, 1), (512, 8)], ids=str)
+@pytest.mark.parametrize("shape", [(400, 10), (408, 10), (64, 10), (8, 1), (512, 8)], ids=str)
 def test_the_jacobian_kernel_compiles_and_keeps_its_sums_in_registers(shape):
     pytest.importorskip("cuda.bindings.nvrtc", reason="comes with PyTorch for CUDA")
     r, r_out = shape

@@ -3,7 +3,7 @@
 // Computes what pizoo.ops.reference.growing_forward_jacobian says, with w = amult A:
 //     partial[program, b, o, :r]    = sum_m F11(q_bm) w_mo B_m
 //     partial[program, b, o, r]     = sum_m F00(q_bm) w_mo
-//     partial[program, b, o, r + 1] = sum_m F02(q_bm) w_mo
+//     partial[program, b, o, r + 1] = sum_m F02(q_bm) w_mo   (and 2 columns of padding: lines start at multiples of 16 bytes)
 // over this program's rows, q = gbar B^T clamped to [-1, 1].
 //
 // One program a multiprocessor keeps all 8 x OUTPUTS x r sums in its registers: 8 samples times OUTPUTS make the rows of the
@@ -45,7 +45,7 @@ struct Memory {
     alignas(16) unsigned char ring[STAGES][ROWS][LINE];
 };
 static_assert(sizeof(Memory) + 256 <= SHARED, "the ring of stages does not fit shared memory");  // a tile may look beyond it
-static_assert(8 * OUTPUTS * (R + 2) * 4 <= STAGES * STAGE, "the sums do not fit the ring");
+static_assert(8 * OUTPUTS * (R + 4) * 4 <= STAGES * STAGE, "the sums do not fit the ring");
 
 __device__ __forceinline__ pair_t pack(float low, float high) {
     pair_t out;
@@ -326,8 +326,7 @@ growing_forward_jacobian(const float* __restrict__ gbar, const half_t* __restric
 
         // Through shared memory, so that neighbours are written together.
         wait_for_warps<MULTIPLIERS>();
-        float2* result = (float2*)memory.ring;
-        float2* to = result + sample * OUTPUTS * (R + 2) / 2;
+        float2* to = (float2*)memory.ring + sample * OUTPUTS * (R + 4) / 2;
         #pragma unroll
         for (int p = 0; p < PAIRS; p++)
             #pragma unroll
@@ -336,17 +335,17 @@ growing_forward_jacobian(const float* __restrict__ gbar, const half_t* __restric
                 for (int i = 0; i < 2; i++) {
                     const int o = 2 * p + i, column = 8 * (first_tile + j) + 2 * quad;
                     if (o < OUTPUTS && column < R)
-                        to[(o * (R + 2) + column) / 2] = make_float2(sums[p][j][2 * i] * unit, sums[p][j][2 * i + 1] * unit);
+                        to[(o * (R + 4) + column) / 2] = make_float2(sums[p][j][2 * i] * unit, sums[p][j][2 * i + 1] * unit);
                 }
         if (warp == MULTIPLIERS - 1)
             #pragma unroll
             for (int i = 0; i < 4; i++) {
                 const int o = 8 * (i / 2) + 2 * quad + i % 2;  // the upper half of the rows is F00, the lower F02
-                if (o < OUTPUTS) to[(o * (R + 2) + R) / 2] = make_float2(outputs[i / 2][i % 2] * unit, outputs[i / 2][2 + i % 2] * unit);
+                if (o < OUTPUTS) to[(o * (R + 4) + R) / 2] = make_float2(outputs[i / 2][i % 2] * unit, outputs[i / 2][2 + i % 2] * unit);
             }
         wait_for_warps<MULTIPLIERS>();
-        const int size = min(8, b - first_sample) * OUTPUTS * (R + 2) / 2;
-        float2* here = (float2*)(partial + ((long long)program * b + first_sample) * OUTPUTS * (R + 2));
-        for (int i = threadIdx.x; i < size; i += 32 * MULTIPLIERS) here[i] = result[i];
+        const int size = min(8, b - first_sample) * OUTPUTS * (R + 4) / 4;
+        float4* here = (float4*)(partial + ((long long)program * b + first_sample) * OUTPUTS * (R + 4));
+        for (int i = threadIdx.x; i < size; i += 32 * MULTIPLIERS) here[i] = ((const float4*)memory.ring)[i];
     }
 }

@@ -46,8 +46,8 @@ def partial_sums(gbar: Tensor, A: Tensor, B: Tensor, amult: Tensor, count: Tenso
         count: rows in use, int64 of one element on the device; ``None``: all.
 
     Returns:
-        float32 [programs, b, r_out, r + 2]: ``Σ F11 w B``, ``Σ F00 w``, ``Σ F02 w`` with w = amult A. Programs beyond the
-        number of blocks of ``ROWS`` rows write nothing.
+        float32 [programs, b, r_out, r + 4]: ``Σ F11 w B``, ``Σ F00 w``, ``Σ F02 w`` and padding, with w = amult A. Programs
+        beyond the number of blocks of ``ROWS`` rows write nothing.
 
     Raises:
         RuntimeError: the kernel does not compile or launch.
@@ -59,7 +59,7 @@ def partial_sums(gbar: Tensor, A: Tensor, B: Tensor, amult: Tensor, count: Tenso
     properties = _properties(A.device)
     tiles = _blocks_of(b, SAMPLES)
     programs = max(1, properties.multi_processor_count // tiles)
-    partial = gbar.new_empty(programs, b, r_out, r + 2)
+    partial = gbar.new_empty(programs, b, r_out, r + 4)
     shared = properties.shared_memory_per_block_optin
     constants = {
         "R": r,

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from pizoo import ops
+from pizoo.ops import dense
 from pizoo.ops.reference import accumulate_dtype
 
 
@@ -39,3 +40,13 @@ def _(gbar, A, B, amult, count):
     b, r_out, r = len(gbar), A.shape[1], B.shape[1]
     dtype = accumulate_dtype(A.dtype)
     return gbar.new_empty(b, r_out, dtype=dtype), gbar.new_empty(b, r_out, r, dtype=dtype)
+
+
+@torch.library.custom_op("pizoo::product", mutates_args=())
+def product(x: Tensor, weight: Tensor) -> Tensor:
+    return dense.product(x, weight)
+
+
+@product.register_fake
+def _(x, weight):
+    return x.new_empty(len(x), weight.shape[1], dtype=accumulate_dtype(weight.dtype))

@@ -182,6 +182,7 @@ def _forward_kernel(
     r_out: tl.constexpr,
     stride_A: tl.constexpr,
     stride_B: tl.constexpr,
+    line: tl.constexpr,
     B_STARTS: tl.constexpr,
     B_WIDTHS: tl.constexpr,
     A_STARTS: tl.constexpr,
@@ -191,7 +192,7 @@ def _forward_kernel(
     STAGES: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """``partial[program]``, [b, r_out]: ``Σ F00(q) amult A`` over this program's rows."""
+    """``partial[program]``, [b, line]: ``Σ F00(q) amult A`` over this program's rows."""
     program, programs = tl.program_id(1), tl.num_programs(1)
     count = _rows_in_use(count, M)
     blocks = tl.cdiv(count, ROWS)
@@ -210,8 +211,8 @@ def _forward_kernel(
             coefficients = (F00 * (multipliers * inverse)[None, :]).to(dtype)
             sums = _accumulate(sums, factor, coefficients, A_tiles, PRECISION)
             multipliers = next_multipliers
-        partial += program.to(tl.int64) * b * r_out
-        _store(partial, sample, b, r_out, r_out, sums, unit, A_STARTS, A_WIDTHS)
+        partial += program.to(tl.int64) * b * line
+        _store(partial, sample, b, line, r_out, sums, unit, A_STARTS, A_WIDTHS)
 
 
 @triton.jit(do_not_specialize=["M", "b"])
@@ -229,6 +230,7 @@ def _backward_kernel(
     r_out: tl.constexpr,
     stride_A: tl.constexpr,
     stride_B: tl.constexpr,
+    line: tl.constexpr,
     B_STARTS: tl.constexpr,
     B_WIDTHS: tl.constexpr,
     A_STARTS: tl.constexpr,
@@ -238,7 +240,7 @@ def _backward_kernel(
     STAGES: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """``partial[program]``, [b, r + 1]: ``Σ dγ F11(q) B`` over this program's rows; last column: ``Σ dγ F02(q)``."""
+    """``partial[program]``, [b, line]: ``Σ dγ F11(q) B`` over this program's rows; column r: ``Σ dγ F02(q)``."""
     program, programs = tl.program_id(1), tl.num_programs(1)
     count = _rows_in_use(count, M)
     blocks = tl.cdiv(count, ROWS)
@@ -267,9 +269,9 @@ def _backward_kernel(
             coefficients = (coefficients * inverse[:, None]).to(dtype)
             sums = _accumulate(sums, factor[:, None], coefficients, B_tiles, PRECISION)
             multipliers = next_multipliers
-        partial += program.to(tl.int64) * b * (r + 1)
-        _store(partial, sample, b, r + 1, r, sums, (unit * delta_unit)[:, None], B_STARTS, B_WIDTHS)
-        tl.store(partial + sample * (r + 1) + r, tl.sum(along, 1) * delta_unit, mask=sample < b)
+        partial += program.to(tl.int64) * b * line
+        _store(partial, sample, b, line, r, sums, (unit * delta_unit)[:, None], B_STARTS, B_WIDTHS)
+        tl.store(partial + sample * line + r, tl.sum(along, 1) * delta_unit, mask=sample < b)
 
 
 @triton.jit(do_not_specialize=["M", "programs", "length"])
@@ -283,6 +285,7 @@ def _reduce_kernel(
     programs,
     length,
     columns: tl.constexpr,
+    line: tl.constexpr,
     r: tl.constexpr,
     group: tl.constexpr,
     ALONG: tl.constexpr,
@@ -290,17 +293,17 @@ def _reduce_kernel(
     PROGRAMS: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    """``out [length, columns]``: partial sums [programs, length, columns (+ 1) (+ 1)] added in a fixed order.
+    """``out [length, columns]``: partial sums [programs, length, line] added in a fixed order.
 
-    With ``beside`` the column after those goes there, [length]. With ``ALONG`` the last column of the sums multiplies gbar
-    and is added to the first r columns.
+    With ``beside`` the column after those goes there, [length]. With ``ALONG`` the column after that multiplies gbar and is
+    added to the first r columns.
     """
     i = tl.program_id(0)
     column = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
     program = tl.arange(0, PROGRAMS)
     active = tl.minimum(programs, tl.cdiv(_rows_in_use(count, M), ROWS))
     BESIDE: tl.constexpr = beside is not None
-    pointer = partial + (program.to(tl.int64) * length + i) * (columns + BESIDE + ALONG)
+    pointer = partial + (program.to(tl.int64) * length + i) * line
     mask = program < active
     there = column < columns + BESIDE
     terms = tl.load(pointer[:, None] + column[None, :], mask=mask[:, None] & there[None, :], other=0.0)
@@ -343,7 +346,7 @@ def growing_forward_jacobian(
     with torch.cuda.device_of(A):
         partial = jacobian.partial_sums(gbar, A, B, amult, count)
         out, gradients = gbar.new_empty(b, r_out), gbar.new_empty(b, r_out, r)
-        _reduce(partial, gbar, gradients, out, count, M, jacobian.ROWS)
+        add_up(partial, gradients, count, M, jacobian.ROWS, gbar, out)
     return out, gradients
 
 
@@ -377,30 +380,51 @@ def _run_on_current_device(kernel, gbar, A, B, amult, count, *delta) -> Tensor:
     gbar, amult = gbar.to(torch.float32).contiguous(), amult.to(torch.float32).contiguous()
     A, B = (rows if rows.stride(1) == 1 else rows.contiguous() for rows in (A, B))
     launch = _choose_launch(kernel, b, r, r_out, A.element_size(), A.device)
+    out = gbar.new_empty(b, r if delta else r_out)
+    line = padded(out.shape[1] + len(delta))
     strides, cut = (A.stride(0), B.stride(0)), (launch.rows, launch.batch, launch.stages)
     pieces = (*_pieces(r), *_pieces(r_out))
-    constants = (r, r_out, *strides, *pieces, *cut, "tf32x3" if A.dtype == torch.float32 else "ieee")
+    constants = (r, r_out, *strides, line, *pieces, *cut, "tf32x3" if A.dtype == torch.float32 else "ieee")
 
     tiles = triton.cdiv(b, launch.batch)
     start = functools.partial(kernel.warmup, gbar, A, B, amult, *delta, count, gbar, M, b, *constants, grid=(1,))
     programs = max(1, _resident(start, launch.warps, (kernel, A.dtype, count is None, constants), A.device) // tiles)
-    out = gbar.new_empty(b, r if delta else r_out)
-    partial = gbar.new_empty(programs, b, out.shape[1] + len(delta))
+    partial = gbar.new_empty(programs, b, line)
     kernel[(tiles, programs)](gbar, A, B, amult, *delta, count, partial, M, b, *constants, num_warps=launch.warps)
-    _reduce(partial, gbar, out, None, count, M, launch.rows)
+    add_up(partial, out, count, M, launch.rows, gbar if delta else None)
     return out
 
 
-def _reduce(partial: Tensor, gbar: Tensor, out: Tensor, beside: Tensor | None, count: Tensor | None, M: int, rows: int):
-    """Add up the programs' shares into ``out`` [..., columns] and, where there is one more column, ``beside`` [...]."""
-    programs, columns, r, width = len(partial), out.shape[-1], gbar.shape[1], 32
+def add_up(
+    partial: Tensor,
+    out: Tensor,
+    count: Tensor | None,
+    M: int,
+    rows: int,
+    gbar: Tensor | None = None,
+    beside: Tensor | None = None,
+) -> None:
+    """Add up the shares of the programs that had a block of ``rows`` rows of M, or of ``count``, in a fixed order.
+
+    Args:
+        partial: float32 [programs, ..., line].
+        out: [..., columns].
+        gbar: [b, r]; times the column after all others, it is added to the first r columns.
+        beside: where the column after those of ``out`` goes [...].
+    """
+    programs, columns, width = len(partial), out.shape[-1], 32
     length = out.numel() // columns
-    across = columns + (beside is not None)
-    _reduce_kernel[(length, triton.cdiv(across, width))](
-        *(partial, gbar, out, beside, count, M, programs, length),
-        *(columns, r, length // len(gbar), partial.shape[-1] > across, rows, triton.next_power_of_2(programs), width),
+    r, group = (1, 1) if gbar is None else (gbar.shape[1], length // len(gbar))
+    _reduce_kernel[(length, triton.cdiv(columns + (beside is not None), width))](
+        *(partial, gbar, out, beside, count, M, programs, length, columns, partial.shape[-1]),
+        *(r, group, gbar is not None, rows, triton.next_power_of_2(programs), width),
         num_warps=8,
     )
+
+
+def padded(columns: int) -> int:
+    """Columns of a line of partial sums: lines that start at multiples of 16 bytes are read in fewer loads."""
+    return -(-columns // 4) * 4
 
 
 def _choose_launch(kernel, b: int, r: int, r_out: int, itemsize: int, device: torch.device) -> Launch:
