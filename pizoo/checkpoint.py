@@ -38,7 +38,7 @@ from torch import Tensor, nn
 
 from pizoo import models
 from pizoo.data import Dataset
-from pizoo.memory import HEADROOM, NotEnoughMemory, free_memory
+from pizoo.memory import HEADROOM, NotEnoughMemory, free_memory, is_out_of_memory
 from pizoo.models.base import check_state, persistent_tensors
 from pizoo.rows import Rows, check_place
 
@@ -317,6 +317,8 @@ def load(
     try:
         state.fill(model)
     except RuntimeError as error:
+        if is_out_of_memory(error):
+            raise
         raise CheckpointError(f"{folder} does not hold what its {CONFIG} says: {error}") from None
     return model.eval(), config
 

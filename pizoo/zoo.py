@@ -124,6 +124,7 @@ def load(
         UnknownEntryError: neither an entry nor a folder.
         WeightsNotFoundError: its weights are not here.
         CheckpointError: a checkpoint that is damaged or not what it claims.
+        NotEnoughMemory: rows that fit neither the device nor the host.
     """
     if revision is not None:
         raise ValueError(f"revision is {revision!r}; {entry} is a folder on this machine, which has no revisions")

@@ -70,6 +70,11 @@ class Plan:
                 f"{_gib(self.host_available)} are free. " + self._fewer_rows(self.host_available - HEADROOM)
             )
 
+    def summary(self, entry: str) -> str:
+        """What it needs and what there is, in a line."""
+        rows = f", {_gib(self.row_bytes)} of rows among them" if self.rows and self.rows_on == "device" else ""
+        return f"{entry} needs {_gib(self.needed)} of memory on {self.device}{rows}; {_gib(self.available)} are free"
+
     def streaming(self, entry: str) -> str:
         """That the rows stream, and what it costs, in a line."""
         each = f", about {1e3 * self.seconds / self.steps:.3g} ms a step" if self.seconds else ""

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from pizoo.checkpoint import CheckpointError, Epoch
+from pizoo.memory import is_out_of_memory
 from pizoo.optim import PiSGD
 from pizoo.rows import GrowingWeight
 
@@ -31,6 +32,8 @@ def restore(model: nn.Module, optimizer: PiSGD, epoch: Epoch) -> None:
     try:
         epoch.state.fill(model)
     except RuntimeError as error:
+        if is_out_of_memory(error):
+            raise
         raise CheckpointError(f"the checkpoint does not fit the recipe's net: {error}") from None
     params = dict(model.named_parameters())
     for name, value in epoch.optimizer.items():

@@ -131,6 +131,7 @@ class _Training:
         self.history: list[dict[str, Any]] = []
         self.plan = plan(recipe, len(dataset.train_x), device, rows_on=rows_on)
         self.plan.check(recipe.entry)
+        log.info("%s", self.plan.summary(recipe.entry))
         if self.plan.rows_on == "host":
             self._tell_of_streaming()
         with explained(self._ran_out):
@@ -202,6 +203,7 @@ class _Training:
     def run(self, progress: bool) -> TrainResult:
         settings, already = self.recipe.train, len(self.history)
         with StepProgress(progress, self.recipe.entry, settings.epochs, self.steps_per_epoch) as bar:
+            bar.say(self.plan.summary(self.recipe.entry))
             for epoch in range(already, settings.epochs):
                 with explained(self._ran_out):
                     self.history.append(self._epoch(epoch, bar))
@@ -284,7 +286,7 @@ class _Training:
     def _ran_out(self, reported: str) -> str:
         begun = self.folder is not None and (self.folder / checkpoint.MANIFEST).exists()
         saved = len(checkpoint.read_manifest(self.folder)["epochs"]) if begun else 0
-        return f"{self.plan.ran_out(self.recipe.entry, reported)}. It was in epoch {saved + 1}: {self._kept(saved)}"
+        return f"{self.plan.ran_out(self.recipe.entry, reported)}; {self._kept(saved)}"
 
     def _kept(self, epoch: int) -> str:
         """Which net is still there when epoch ``epoch`` was the last to end well."""
