@@ -66,6 +66,7 @@ class Reserved:
         needed = self.count + len(rows)
         if needed > self.capacity:
             self.reserve(max(needed, int(GROWTH * self.capacity)))
+        # A copy from a GPU to the host waits until it is done: whoever reads next, on either side, finds the rows.
         self.storage[self.count : needed] = rows
         self.count = needed
 
