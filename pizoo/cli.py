@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -32,6 +33,12 @@ Data = Annotated[
 Device = Annotated[str | None, typer.Option(help="cpu or cuda (a GPU if there is one).")]
 Set = Annotated[
     list[str] | None, typer.Option("--set", help="Override a recipe's key: train.epochs=1. May be repeated.")
+]
+RowsOn = Annotated[
+    str,
+    typer.Option(
+        help="Where an infinite net keeps its rows: device, host (they stream to the GPU), or auto: on the GPU if they fit."
+    ),
 ]
 EXIT_MISMATCH, EXIT_USAGE, EXIT_NOT_RUN = 1, 2, 3
 NAME_WIDTH, COLUMN_WIDTH = (
@@ -63,6 +70,7 @@ def train(
     set_: Set = None,
     data: Data = None,
     device: Device = None,
+    rows_on: RowsOn = "auto",
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Only say what it would take: rows, memory, time.")
     ] = False,
@@ -73,11 +81,11 @@ def train(
 
     loaded = load_recipe(recipe, set_ or ())
     if dry_run:
-        _print_plan(loaded, data, device)
+        _print_plan(loaded, data, device, rows_on)
         return
     folder = out_dir or Path("runs") / loaded.entry
     try:
-        result = run(loaded, folder, data_dir=data, device=device, progress=err.is_terminal)
+        result = run(loaded, folder, data_dir=data, device=device, rows_on=rows_on, progress=err.is_terminal)
     except KeyboardInterrupt:
         err.print(f"interrupted; the same command goes on after the last finished epoch in {folder}", soft_wrap=True)
         raise typer.Exit(130) from None
@@ -94,23 +102,28 @@ def train(
     out.print(f"checkpoint and log: {folder}", markup=False, soft_wrap=True)
 
 
-def _print_plan(recipe: Any, data: Path | None, device: str | None) -> None:
+def _print_plan(recipe: Any, data: Path | None, device: str | None, rows_on: str) -> None:
     """What training a recipe would take, as a table."""
     from pizoo.evaluation.accuracy import choose_device
     from pizoo.training.plan import plan
 
     if recipe.train is None:
         raise ValueError(f"{recipe.entry} is solved, not trained: there is no training to plan")
-    planned = plan(recipe, len(recipe.data.load(data).train_x), choose_device(device), estimate_time=True)
+    samples = len(recipe.data.load(data).train_x)
+    planned = plan(recipe, samples, choose_device(device), estimate_time=True, rows_on=rows_on)
     row = (
         recipe.entry,
         f"{planned.steps:,}",
         f"{planned.rows:,}" if planned.rows else "–",
+        planned.rows_on if planned.rows else "–",
         f"{planned.needed / 2**30:.2f} GiB",
         f"{planned.available / 2**30:.1f} GiB",
         "–" if planned.seconds is None else f"about {_duration(planned.seconds)}",
     )
-    _print_table(("entry", "steps", "rows a layer", "memory needed", "free", "time"), [row])
+    columns = ("entry", "steps", "rows a layer", "rows on", "memory needed", "free", "time")
+    _print_table(columns, [row], caption=None)
+    if planned.rows_on == "host":
+        out.print(planned.streaming(recipe.entry), markup=False, soft_wrap=True)
     planned.check(recipe.entry)
 
 
@@ -127,11 +140,12 @@ def evaluate(
     data: Data = None,
     device: Device = None,
     epoch: Annotated[int | None, typer.Option(help="Epoch of a training checkpoint (the last).")] = None,
+    rows_on: RowsOn = "auto",
 ) -> None:
     """Measure the test accuracy of an entry or a checkpoint."""
     from pizoo.evaluation.entries import evaluate as run
 
-    result = run(entry, data_dir=data, device=device, epoch=epoch)
+    result = run(entry, data_dir=data, device=device, epoch=epoch, rows_on=rows_on)
     row = (
         entry,
         f"{result['data']} test",
@@ -148,13 +162,14 @@ def predict(
     images: Annotated[list[Path], typer.Argument(help="Image files.", exists=True, dir_okay=False)],
     device: Device = None,
     top: Annotated[int, typer.Option(min=1, help="Classes to show per image.")] = 3,
+    rows_on: RowsOn = "auto",
 ) -> None:
     """Classify image files, resized to the net's input size."""
     from pizoo.evaluation.entries import classify
 
     rows = [
         (str(image), *(escape(f"{name} {score:.3g}") for name, score in ranked))
-        for image, ranked in zip(images, classify(entry, images, device=device, top=top), strict=True)
+        for image, ranked in zip(images, classify(entry, images, device=device, top=top, rows_on=rows_on), strict=True)
     ]
     _print_table(("image", *(f"{i + 1}." for i in range(top))), rows)
 
@@ -263,10 +278,12 @@ def _entries(patterns: list[str], names: list[str] | None = None) -> list[str]:
     return list(found)
 
 
-def _print_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-    """Print accuracies in percent. Nothing is cut: names too long for the first column go on in the next line."""
+def _print_table(
+    columns: Sequence[str], rows: Iterable[Sequence[str]], caption: str | None = "accuracies in percent"
+) -> None:
+    """Print a table. Nothing is cut: names too long for the first column go on in the next line."""
     first, *rest = columns
-    table = Table(box=box.SIMPLE_HEAD, caption="accuracies in percent", caption_justify="left", padding=(0, 1, 0, 0))
+    table = Table(box=box.SIMPLE_HEAD, caption=caption, caption_justify="left", padding=(0, 1, 0, 0))
     table.add_column(first, no_wrap=True)
     for column in rest:
         table.add_column(column, overflow="fold")
@@ -283,12 +300,20 @@ def _percent(value: Any) -> str:
 
 def main() -> None:
     """Run the command line; what a user can mend is one line, not a traceback."""
+    warnings.showwarning = _show_warning
     try:
         app()
     except (ValueError, TypeError, OSError) as error:
         _fail(error, EXIT_USAGE)
-    except RuntimeError as error:  # damaged checkpoints, trainings that diverge, downloads that fail, no such device
+    except (
+        RuntimeError,
+        MemoryError,
+    ) as error:  # damaged checkpoints, trainings that diverge, failed downloads, no GPU
         _fail(error, EXIT_MISMATCH)
+
+
+def _show_warning(message: Warning | str, *where: Any) -> None:
+    err.print(f"[yellow]warning:[/] {escape(str(message))}", highlight=False, soft_wrap=True)
 
 
 def _fail(error: Exception, code: int) -> NoReturn:

@@ -22,7 +22,8 @@ from torch import nn
 from pizoo import checkpoint
 from pizoo.checkpoint import CheckpointError
 from pizoo.data import ASSETS, Normalize, dataset_path, load_dataset
-from pizoo.models import KernelRegressor, PiNet
+from pizoo.models import InfPiMLP, KernelRegressor, PiNet
+from pizoo.rows import check_place
 
 log = logging.getLogger("pizoo")
 
@@ -101,6 +102,7 @@ def load(
     dtype: torch.dtype | None = None,
     revision: str | None = None,
     epoch: int | None = None,
+    rows_on: str = "auto",
 ) -> PiNet | KernelRegressor:
     """Load an entry of the zoo, or a checkpoint from a folder.
 
@@ -111,6 +113,8 @@ def load(
         dtype: of parameters and rows; None: float32, rows as stored.
         revision: of a repository that keeps revisions; cards and folders on this machine have one state: None.
         epoch: of a training checkpoint, the epoch to load; None: the last.
+        rows_on: where the rows of an infinite net are kept, now and when it is moved: "device", "host" (they stream to the
+            device in every pass), or "auto": on the host, with a warning, if they do not fit a GPU.
 
     Returns:
         the net in eval mode. ``config`` is its ``config.json``. A kernel regressor needs its training images before it
@@ -120,6 +124,7 @@ def load(
         UnknownEntryError: neither an entry nor a folder.
         WeightsNotFoundError: its weights are not here.
         CheckpointError: a checkpoint that is damaged or not what it claims.
+        NotEnoughMemory: rows that fit neither the device nor the host.
     """
     if revision is not None:
         raise ValueError(f"revision is {revision!r}; {entry} is a folder on this machine, which has no revisions")
@@ -127,13 +132,16 @@ def load(
     if not pretrained:
         found = checkpoint.read_config(folder)
         model = checkpoint.build(found["pizoo"], device, dtype).eval()
+        check_place(rows_on, "auto")
+        if isinstance(model, InfPiMLP) and rows_on != "auto":
+            model.keep_rows_on(rows_on)
     else:
         if folder.parent == cards_dir() and not (folder / checkpoint.MODEL).is_file():
             raise WeightsNotFoundError(
                 f"the weights of {folder.name!r} are not in {folder}; train them with `pizoo train {folder.name}`, then load "
                 f"the folder that it writes, or load the net untrained with pretrained=False"
             )
-        model, found = checkpoint.load(folder, epoch, device, dtype)
+        model, found = checkpoint.load(folder, epoch, device, dtype, rows_on)
         log.info("loaded %s from %s", entry, folder)
         if isinstance(model, KernelRegressor):
             _attach_shipped(model, found)

@@ -460,7 +460,7 @@ def test_the_decay_factor_is_under_the_states_digest(finished):
     for layer in ("hidden.0", "output"):
         decay = state[f"decay/{layer}"]
         assert decay.dtype == torch.float64 and 0.98 < decay.item() < 1
-        assert checkpoint.read_epoch(folder).stored[layer][1] == decay.item()
+        assert checkpoint.read_epoch(folder).state.stored[layer][1] == decay.item()
     assert "decay" not in (folder / "checkpoint.json").read_text()
 
 

@@ -10,6 +10,8 @@ from __future__ import annotations
 import itertools
 import multiprocessing
 import os
+import re
+import sys
 from concurrent.futures import ProcessPoolExecutor
 from typing import NamedTuple
 
@@ -292,6 +294,60 @@ def test_without_kernels_plain_torch_runs_after_one_warning(monkeypatch):
         assert not ops._fused(torch.device("cuda", 0)) and not ops._fused(torch.device("cuda", 1))
     assert len(warned) == 1
     ops._fused.cache_clear()
+
+
+class LikeOnAGpu(torch.Tensor):
+    """A CPU tensor that is taken for one on a GPU when an implementation is chosen."""
+
+    is_cuda = property(lambda self: True)
+
+
+def old_gpu(monkeypatch):
+    from pizoo.ops import triton
+
+    unavailable = triton.unavailable
+    monkeypatch.setattr(triton, "unavailable", lambda device: unavailable(torch.device("cuda")))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
+
+
+def no_triton(monkeypatch):
+    monkeypatch.delitem(sys.modules, "pizoo.ops.triton", raising=False)
+    monkeypatch.setitem(sys.modules, "triton", None)  # what an import of a missing module finds
+
+
+def no_compiler(monkeypatch):
+    from pizoo.ops import triton
+
+    monkeypatch.setattr(triton, "unavailable", lambda device: None)  # and then the launch fails: there is no driver
+
+
+@pytest.mark.parametrize(
+    ("hinder", "reason"),
+    [
+        (lambda monkeypatch: None, "is not an NVIDIA GPU in reach"),
+        (old_gpu, "Tesla T4 is older than compute capability 8.0"),
+        (no_triton, "triton"),
+        (no_compiler, "Error: "),
+    ],
+    ids=["no GPU", "old GPU", "no Triton", "Triton fails to compile"],
+)
+def test_whatever_keeps_kernels_from_running_is_one_warning_and_the_same_results(monkeypatch, hinder, reason):
+    pytest.importorskip("triton")
+    monkeypatch.setattr(ops, "_failed", False)
+    inputs = rows(Case(200, 5, 3, 4, half, unused=7), torch.device("cpu"))
+    like_on_a_gpu = [part if part is None else part.as_subclass(LikeOnAGpu) for part in inputs]
+    with monkeypatch.context() as patch, pytest.warns(RuntimeWarning) as warned:
+        ops._module.cache_clear(), ops._fused.cache_clear()
+        hinder(patch)
+        results = {op: call(ops, op, *like_on_a_gpu) for _ in range(2) for op in OPS}
+    ops._module.cache_clear(), ops._fused.cache_clear()
+    (warning,) = warned
+    assert re.search(f"no fused kernels, plain torch runs instead: .*{reason}", str(warning.message))
+    for op, result in results.items():
+        assert error(result, op, *inputs) <= TOLERANCE[single]
+        assert all(torch.equal(x, y) for x, y in zip(result, call(blocked, op, *inputs), strict=True))
 
 
 @pytest.mark.gpu

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from pizoo import zoo
 from pizoo.data import Dataset, read_images
 from pizoo.evaluation.accuracy import accuracy, choose_device, predict
+from pizoo.memory import explained
 from pizoo.models import KernelRegressor
 
 
@@ -24,6 +25,7 @@ def evaluate(
     data_dir: str | os.PathLike | None = None,
     device: torch.device | str | None = None,
     epoch: int | None = None,
+    rows_on: str = "auto",
 ) -> dict[str, Any]:
     """Test accuracy of an entry, a checkpoint, or a net loaded from one.
 
@@ -33,6 +35,7 @@ def evaluate(
         data_dir: where data sets are (:func:`pizoo.data.data_directory`).
         device: None: the net's own, for a name a GPU if there is one.
         epoch: of a training checkpoint; None: the last.
+        rows_on: of a name, where its rows are kept (:func:`pizoo.load`).
 
     Returns:
         ``accuracy`` in percent, ``images``, ``data``, ``seconds``.
@@ -44,7 +47,7 @@ def evaluate(
     if isinstance(model_or_entry, nn.Module):
         model = model_or_entry if device is None else model_or_entry.to(device)
     else:
-        model = zoo.load(model_or_entry, device=choose_device(device), epoch=epoch)
+        model = zoo.load(model_or_entry, device=choose_device(device), epoch=epoch, rows_on=rows_on)
     if not hasattr(model, "config"):
         raise ValueError(
             "model was not loaded by pizoo.load: its data and preprocessing are unknown; call predict instead"
@@ -54,7 +57,12 @@ def evaluate(
     if dataset.test_x is None:
         raise ValueError(f"data set {dataset.name!r} has no test part to evaluate on")
     attach_training_images(model, dataset.train_x, normalize)
-    logits = predict(model, dataset.test_x, normalize)
+    with explained(
+        lambda reported: (
+            f"evaluation ran out of memory: {reported}. Rows kept off the GPU (--rows-on host, rows_on='host') stream"
+        )
+    ):
+        logits = predict(model, dataset.test_x, normalize)
     return {
         "accuracy": accuracy(logits, dataset.test_y),
         "images": len(dataset.test_y),
@@ -75,13 +83,14 @@ def classify(
     *,
     device: torch.device | str | None = None,
     top: int = 3,
+    rows_on: str = "auto",
 ) -> list[list[tuple[str, float]]]:
     """The likeliest classes of image files, with their probabilities (for kernel regressors: scores).
 
     Raises:
         ValueError: a net that takes no images, a file that is none.
     """
-    model = zoo.load(entry, device=device)
+    model = zoo.load(entry, device=None if device is None else choose_device(device), rows_on=rows_on)
     data = model.config["recipe"]["data"]
     if len(data["input_size"]) != 3:
         raise ValueError(f"{entry} takes vectors {data['input_size']}, not images")

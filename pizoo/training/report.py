@@ -70,6 +70,11 @@ class StepProgress:
         self.name, self.epochs, self.steps_per_epoch = name, epochs, steps_per_epoch
         self.done = None
 
+    def say(self, text: str) -> None:
+        """Print a line above the bar."""
+        if self.bar is not None:
+            self.bar.console.print(text, markup=False, highlight=False, soft_wrap=True)
+
     def advance(self, epoch: int, loss: float) -> None:
         if self.bar is None:
             return

@@ -11,6 +11,7 @@ import math
 import os
 import platform
 import time
+import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from datetime import date
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 from pizoo import __version__, checkpoint, ops
 from pizoo.data import Dataset, epoch_order
 from pizoo.evaluation.accuracy import accuracy, choose_device, predict
+from pizoo.memory import explained
 from pizoo.models import KernelRegressor
 from pizoo.optim import PiSGD, clip_grad_norm_, param_groups
 from pizoo.recipes import Recipe, RecipeError, load_recipe
@@ -67,6 +69,7 @@ def train(
     dataset: Dataset | None = None,
     device: torch.device | str | None = None,
     engine: bool | None = None,
+    rows_on: str = "auto",
     progress: bool = False,
 ) -> TrainResult:
     """Train a recipe; if ``out`` holds an unfinished training of the same recipe, go on with it.
@@ -80,11 +83,14 @@ def train(
         device: None: a GPU if there is one.
         engine: train with :class:`pizoo.training.engine.Engine` instead of the plain loop, to the same result within
             rounding; None: on a GPU, where it can.
+        rows_on: where the rows of an infinite net are kept: "device", "host" (they stream to the GPU in every step), or
+            "auto": on the host, with a warning, if they fit there and not on the GPU. A training may be resumed with another
+            choice; the net is then the same within rounding.
         progress: show a progress bar.
 
     Raises:
         RecipeError, FileNotFoundError, ValueError: recipe or data are missing or do not fit; nothing was begun.
-        NotEnoughMemory: it would not fit on the device; nothing was begun.
+        NotEnoughMemory: it would not fit, and nothing was begun; or memory ran out, and epochs saved before it stay.
         TrainingDiverged: a loss that is not finite; epochs saved before it stay.
         CheckpointError: ``out`` holds another training, or the disk is full.
     """
@@ -103,23 +109,45 @@ def train(
         if recipe.train is None:
             return _solve(recipe, dataset, folder, device)
         with logging_to(folder):
-            return _Training(recipe, dataset, folder, device, engine).run(progress)
+            return _Training(recipe, dataset, folder, device, engine, rows_on).run(progress)
 
 
 class _Training:
     """One training run: its net, optimizer and where it stands."""
 
     def __init__(
-        self, recipe: Recipe, dataset: Dataset, folder: Path | None, device: torch.device, engine: bool | None = None
+        self,
+        recipe: Recipe,
+        dataset: Dataset,
+        folder: Path | None,
+        device: torch.device,
+        engine: bool | None = None,
+        rows_on: str = "auto",
     ):
         self.recipe, self.dataset, self.folder, self.device = recipe, dataset, folder, device
         self.normalize = recipe.data.normalize
-        self.train_x, self.train_y = dataset.train_x.to(device), dataset.train_y.to(device)
-        settings = recipe.train
-        self.steps_per_epoch = math.ceil(len(self.train_x) / settings.batch_size)
-        self.steps = self.steps_per_epoch * settings.epochs
-        plan(recipe, len(self.train_x), device).check(recipe.entry)
-        self.model = recipe.build_model(device)
+        self.steps_per_epoch = math.ceil(len(dataset.train_x) / recipe.train.batch_size)
+        self.steps = self.steps_per_epoch * recipe.train.epochs
+        self.history: list[dict[str, Any]] = []
+        self.plan = plan(recipe, len(dataset.train_x), device, rows_on=rows_on)
+        self.plan.check(recipe.entry)
+        log.info("%s", self.plan.summary(recipe.entry))
+        if self.plan.rows_on == "host":
+            self._tell_of_streaming()
+        with explained(self._ran_out):
+            self._prepare(engine)
+
+    def _tell_of_streaming(self) -> None:
+        planned = plan(self.recipe, len(self.dataset.train_x), self.device, estimate_time=True, rows_on="host")
+        told = planned.streaming(self.recipe.entry)
+        log.info("%s", told)
+        warnings.warn(told, RuntimeWarning, stacklevel=4)
+
+    def _prepare(self, engine: bool | None) -> None:
+        """All a training holds: data on the device, net, optimizer, room for every row to come; where it stopped, if it did."""
+        settings = self.recipe.train
+        self.train_x, self.train_y = (part.to(self.device) for part in (self.dataset.train_x, self.dataset.train_y))
+        self.model = self.recipe.build_model(self.device)
         self.optimizer = PiSGD(
             param_groups(
                 self.model,
@@ -135,17 +163,18 @@ class _Training:
             settings.dampening,
         )
         self.growing = checkpoint.growing_layers(self.model)
-        self.history: list[dict[str, Any]] = []
-        self._begin_or_resume()
-        samples = len(self.train_x) * (settings.epochs - len(self.history))
         for layer in self.growing.values():
-            layer.reserve(layer.count + samples)
+            layer.keep_rows_on(self.plan.rows_on)
+            layer.reserve(layer.count + len(self.train_x) * settings.epochs)
+        self._begin_or_resume()
         self.engine = self._make_engine() if self._wants_engine(engine) else None
 
     def _wants_engine(self, asked: bool | None) -> bool:
         reason = unsupported(self.recipe.train, self.steps_per_epoch, bool(self.growing))
         if self.device.type == "cuda" and not all(ops.fused(layer.B[:1], layer.A) for layer in self.growing.values()):
             reason = "there are no fused kernels for its rows on this device"
+        if self.plan.rows_on == "host":
+            reason = "its rows stream from the host"
         if asked and reason:
             raise RecipeError(f"{self.recipe.entry}: the engine cannot train this recipe: {reason}")
         return asked if asked is not None else self.device.type == "cuda" and reason is None
@@ -174,10 +203,12 @@ class _Training:
     def run(self, progress: bool) -> TrainResult:
         settings, already = self.recipe.train, len(self.history)
         with StepProgress(progress, self.recipe.entry, settings.epochs, self.steps_per_epoch) as bar:
+            bar.say(self.plan.summary(self.recipe.entry))
             for epoch in range(already, settings.epochs):
-                self.history.append(self._epoch(epoch, bar))
-                if self.folder is not None:
-                    self._save(epoch + 1)
+                with explained(self._ran_out):
+                    self.history.append(self._epoch(epoch, bar))
+                    if self.folder is not None:
+                        self._save(epoch + 1)
         self.model.eval()
         if self.folder is not None and already == settings.epochs and (self.folder / checkpoint.RESULTS).exists():
             results = checkpoint.read_json(self.folder / checkpoint.RESULTS)  # of the day and machine it was trained on
@@ -251,6 +282,11 @@ class _Training:
             f"loss {loss} or its gradient is not finite at step {step} (epoch {epoch}); the step was not taken; "
             f"{self._kept(epoch - 1)}. {REMEDY}"
         )
+
+    def _ran_out(self, reported: str) -> str:
+        begun = self.folder is not None and (self.folder / checkpoint.MANIFEST).exists()
+        saved = len(checkpoint.read_manifest(self.folder)["epochs"]) if begun else 0
+        return f"{self.plan.ran_out(self.recipe.entry, reported)}; {self._kept(saved)}"
 
     def _kept(self, epoch: int) -> str:
         """Which net is still there when epoch ``epoch`` was the last to end well."""
