@@ -126,7 +126,7 @@ def _nngp_layers(x: Tensor, y: Tensor, depth: int, var_w: float, var_b: float):
     check_kernel_inputs(x, y, depth)
     d = x.shape[1]
     cov = x @ y.T / d
-    var_x, var_y = (z.square().sum(1) / d for z in (x, y))
+    var_x, var_y = (torch.einsum("nd,nd->n", z, z) / d for z in (x, y))
     for _ in range(depth):
         var_x, var_y, cov = (v * var_w + var_b for v in (var_x, var_y, cov))
         scale = torch.sqrt(var_x[:, None] * var_y)
@@ -163,7 +163,8 @@ def solve_ridge(kernel: Tensor, targets: Tensor, ridge: float) -> Tensor:
     """Dual coefficients ``(K + ridge I)^{-1} targets`` of kernel ridge regression, by Cholesky decomposition in float64.
 
     Args:
-        kernel: [n, n], symmetric positive semi-definite. A float64 kernel is overwritten: at n = 50,000 a copy is 20 GB.
+        kernel: [n, n], symmetric positive semi-definite; afterwards as it was, so that other ridges can follow. A float64
+            kernel needs one more matrix of its size, its factor: 20 GB at n = 50,000.
         targets: [n, k].
         ridge: added to the diagonal, positive.
 
@@ -181,8 +182,12 @@ def solve_ridge(kernel: Tensor, targets: Tensor, ridge: float) -> Tensor:
             f"kernel and targets have shapes {list(kernel.shape)} and {list(targets.shape)}; they must be [n, n] and [n, k]"
         )
     kernel = kernel.double()
-    kernel.diagonal().add_(ridge)
-    factor, info = torch.linalg.cholesky_ex(kernel)
+    diagonal = kernel.diagonal().clone()
+    try:
+        kernel.diagonal().add_(ridge)
+        factor, info = torch.linalg.cholesky_ex(kernel)
+    finally:
+        kernel.diagonal().copy_(diagonal)
     if info.item():
         raise ValueError(f"kernel + {ridge} I is not positive definite (minor {info.item()}); it needs a larger ridge")
     return torch.cholesky_solve(targets.double(), factor)
