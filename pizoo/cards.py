@@ -331,7 +331,10 @@ def _published(card: _Card) -> str:
             f"alone give a standard error of {chance:.2f} points."
         )
     if published["rerun"] is not None:
-        told.append(f"The paper's own code, run with this recipe, gives {published['rerun']:.2f}.")
+        here = (
+            f", {abs(results['mean_accuracy'] - published['rerun']):.2f} points from the number here" if results else ""
+        )
+        told.append(f"The paper's own code, run once with this recipe, gives {published['rerun']:.2f}{here}.")
     return " ".join([*told, *([card.recipe["differs"]] if card.recipe["differs"] else [])])
 
 
@@ -339,13 +342,15 @@ def _compared(card: _Card) -> Iterator[str]:
     """Lines of a table: how far this entry is from those beside it on the same test images."""
     if not card.results or card.run == "split":  # other splits are other test images
         return
-    for config in sorted(card.folder.parent.glob(f"*/{checkpoint.CONFIG}")):
-        other = _Card.read(config.parent)
-        same = other.recipe["data"]["name"] == card.recipe["data"]["name"] and other.folder.name != card.folder.name
-        if same and other.results and other.images == card.images:
-            difference = paired_difference(_share(card), _share(other))
-            interval = f"{difference.low:+.2f} to {difference.high:+.2f}"
-            yield f"| `{other.name}` | {difference.points:+.2f} | {interval} |"
+    name = card.recipe["data"]["name"]
+    beside = [config.parent for config in sorted(card.folder.parent.glob(f"*/{checkpoint.CONFIG}"))]
+    for folder in beside:
+        if folder.name == card.folder.name or checkpoint.read_config(folder)["recipe"]["data"]["name"] != name:
+            continue
+        other = _Card.read(folder)
+        if other.results and other.images == card.images:
+            away = paired_difference(_share(card), _share(other))
+            yield f"| `{other.name}` | {away.points:+.2f} | {away.low:+.2f} to {away.high:+.2f} |"
 
 
 def _share(card: _Card) -> Tensor:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
 import statistics
+import subprocess
 from dataclasses import replace
 
 import pytest
@@ -15,7 +17,7 @@ from pizoo.checkpoint import CheckpointError
 from pizoo.data import load_dataset, split_validation
 from pizoo.evaluation.accuracy import accuracy
 from pizoo.recipes import RecipeError, load_recipe
-from pizoo.training import supervised
+from pizoo.training import report, supervised
 from pizoo.training.reproduce import reproduce
 from pizoo.training.seeds import parse_seeds, run_seeds, train_seeds
 from pizoo.training.tune import tune
@@ -119,6 +121,28 @@ def test_texts_and_numbers_to_compare_with_may_change_between_sessions(recipe, t
     assert pizoo.train(told, tmp_path / "run", device=CPU).results["accuracy"] > 0
     with pytest.raises(CheckpointError, match="another recipe"):
         pizoo.train(load_recipe("digits_infpi", (*TINY, "train.lr=0.3")), tmp_path / "run", device=CPU)
+
+
+@pytest.mark.skipif(shutil.which("git") is None, reason="needs git")
+def test_a_training_says_of_which_commit_it_is(tmp_path, monkeypatch):
+    """Cards are written into the clone while its entries are made: they are not what decides a number."""
+    code = tmp_path / "pizoo" / "training" / "report.py"
+    code.parent.mkdir(parents=True)
+    code.write_text("")
+    monkeypatch.setattr(report, "__file__", str(code))
+    monkeypatch.delenv("PIZOO_COMMIT", raising=False)
+    assert report.commit() is None
+    monkeypatch.setenv("PIZOO_COMMIT", "of the copy")
+    assert report.commit() == "of the copy"
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b"]
+    for command in (["init", "-q"], ["add", "."], ["commit", "-qm", "first"]):
+        subprocess.run([*git, *command], check=True)
+    head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
+    (tmp_path / "model_cards").mkdir()
+    (tmp_path / "model_cards" / "card").write_text("new")
+    assert report.commit() == head
+    code.write_text("changed = True")
+    assert report.commit() == f"{head}-dirty"
 
 
 # Settings of kernels
