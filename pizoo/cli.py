@@ -296,9 +296,9 @@ def card(
     from pizoo.zoo import TUNED
 
     for entry in _entries(entries, list_recipes()):
-        for folder in (cards / entry, cards / entry / TUNED):
-            if folder.is_dir():
-                refresh(folder, load_recipe(entry))
+        refresh(cards / entry, load_recipe(entry))
+        if (cards / entry / TUNED).is_dir():
+            refresh(cards / entry / TUNED, load_recipe(entry))
         out.print(f"{entry}: card in {cards / entry}", soft_wrap=True)
 
 

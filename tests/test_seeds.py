@@ -17,7 +17,7 @@ from pizoo.checkpoint import CheckpointError
 from pizoo.data import load_dataset, split_validation
 from pizoo.evaluation.accuracy import accuracy
 from pizoo.recipes import RecipeError, load_recipe
-from pizoo.training import report, supervised
+from pizoo.training import plan, report, supervised
 from pizoo.training.reproduce import reproduce
 from pizoo.training.seeds import parse_seeds, run_seeds, train_seeds
 from pizoo.training.tune import tune
@@ -191,6 +191,20 @@ def test_a_search_is_kept_and_made_again_for_another_grid(tmp_path, monkeypatch)
         assert tune(recipe, recipe.data.load(), CPU, tmp_path) == found
     other = kernel_recipe("{ridge: [0.3]}")
     assert tune(other, other.data.load(), CPU, tmp_path)["settings"] == {"ridge": 0.3}
+
+
+def test_a_kernel_that_would_not_fit_is_not_begun(tmp_path, monkeypatch):
+    recipe = kernel_recipe()
+    monkeypatch.setattr(plan, "HEADROOM", 0)
+    needed = 2 * 8 * 200**2 + 8 * 200 * 64  # the kernel, its factor, the inputs
+    monkeypatch.setattr(plan, "free_memory", lambda device: needed - 1)
+    with pytest.raises(
+        plan.NotEnoughMemory, match=r"float64 kernel between 200 training images .* data\.subset of less than"
+    ):
+        pizoo.train(recipe, tmp_path / "run", device=CPU)
+    assert not list(tmp_path.rglob("*.json"))
+    monkeypatch.setattr(plan, "free_memory", lambda device: needed)
+    assert pizoo.train(recipe, tmp_path / "run", device=CPU).results["accuracy"] > 80
 
 
 def test_a_kernel_entry_is_reported_as_printed_and_as_tuned(tmp_path):

@@ -27,7 +27,7 @@ from pizoo.models import KernelRegressor
 from pizoo.optim import PiSGD, clip_grad_norm_, param_groups
 from pizoo.recipes import Recipe, RecipeError, decisive, load_recipe
 from pizoo.training.engine import Engine, unsupported
-from pizoo.training.plan import plan
+from pizoo.training.plan import check_solving, plan
 from pizoo.training.report import LapTimer, StepProgress, commit, hardware, log, logging_to, peak_memory
 from pizoo.training.schedule import schedule_factor
 from pizoo.training.state import optimizer_tensors, restore
@@ -283,6 +283,7 @@ def _solve(recipe: Recipe, dataset: Dataset, folder: Path | None, device: torch.
             model, _ = checkpoint.load(folder, device=device)
             results = checkpoint.read_json(folder / checkpoint.RESULTS)
             return TrainResult(model.attach(train_x), recipe, folder, results["history"], results)
+    check_solving(recipe, len(train_x), device)
     model.fit(train_x, dataset.train_y.to(device))
     record: dict[str, Any] = {"epoch": 0, "train_seconds": time.perf_counter() - begin}
     if dataset.test_x is not None:
