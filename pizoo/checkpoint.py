@@ -6,6 +6,7 @@ A shipped net::
     model.safetensors   its state
     probe.safetensors   a few dozen inputs with the net's logits: checks the weights in a second, without a data set
     results.json        the recorded numbers
+    correct.safetensors which test images were classified correctly, by the shipped net and by every seed's
 
 A net while it trains (and after: any epoch can be loaded)::
 
@@ -44,13 +45,15 @@ from pizoo.rows import Rows, check_place
 
 FORMAT = 1
 PROBE_INPUTS = 32
-CONFIG, MANIFEST, MODEL, PROBE, RESULTS = (
+CONFIG, MANIFEST, MODEL, PROBE, RESULTS, CORRECT = (
     "config.json",
     "checkpoint.json",
     "model.safetensors",
     "probe.safetensors",
     "results.json",
+    "correct.safetensors",
 )
+SHIPPED = "shipped"  # in CORRECT: the shipped net, beside those of the seeds
 LOCK = "train.lock"
 CPU = torch.device("cpu")
 READ_BYTES = 1 << 26  # of rows at once, from a file into the storage reserved for them
@@ -226,19 +229,29 @@ def build(description: Mapping[str, Any], device=None, dtype: torch.dtype | None
         raise CheckpointError(f"the checkpoint's hyper-parameters do not fit {name}: {error}") from None
 
 
-def save(folder: Path, model: nn.Module, config: Mapping[str, Any], probe_x: Tensor, probe_logits: Tensor) -> None:
+def save(
+    folder: Path,
+    model: nn.Module,
+    config: Mapping[str, Any],
+    probe_x: Tensor,
+    probe_logits: Tensor,
+    probe_train_x: Tensor | None = None,
+) -> None:
     """Write a shipped checkpoint: weights, probe, and ``config`` completed by what builds and checks the net.
 
     Args:
         probe_x, probe_logits: inputs as the net takes them [n, ...] and its logits [n, classes].
+        probe_train_x: of a kernel regressor, the first of its training inputs [m, ...]; ``probe_logits`` are what these
+            contribute.
     """
+    probe = {"x": probe_x, "logits": probe_logits} | ({} if probe_train_x is None else {"train_x": probe_train_x})
     folder.mkdir(parents=True, exist_ok=True)
     # A disk that fills up leaves an older checkpoint whole; a kill between the renames leaves digests that do not fit.
     with tempfile.TemporaryDirectory(prefix=".saving-", dir=folder) as scratch:
         staged = Path(scratch)
         digests = {
             MODEL: write_tensors(staged / MODEL, model.state_dict()),
-            PROBE: write_tensors(staged / PROBE, {"x": probe_x, "logits": probe_logits}),
+            PROBE: write_tensors(staged / PROBE, probe),
         }
         write_json(staged / CONFIG, complete(config, model, digests))
         for name in (MODEL, PROBE, CONFIG):
@@ -250,11 +263,36 @@ def save(folder: Path, model: nn.Module, config: Mapping[str, Any], probe_x: Ten
 def save_with_probe(
     folder: Path, model: nn.Module, config: Mapping[str, Any], dataset: Dataset, normalize: Callable[..., Tensor]
 ) -> None:
-    """:func:`save` with the first inputs of the data set's test part (its training part if it has none) as the probe."""
+    """:func:`save` with the first inputs of the data set's test part (its training part if it has none) as the probe.
+
+    A kernel regressor's probe holds the first training inputs as well: with them it checks the kernel and their dual
+    coefficients where the training inputs are not at hand.
+    """
     x = dataset.train_x if dataset.test_x is None else dataset.test_x
     anchor = next(iter((*model.parameters(), *model.buffers())))
-    probe = normalize(x[:PROBE_INPUTS].to(anchor.device), anchor.dtype)
-    save(folder, model, config, probe, model.eval()(probe))
+    dtype = (
+        torch.float32 if anchor.dtype == torch.float64 else anchor.dtype
+    )  # float64 would double the file for nothing
+    train_x = None
+    if isinstance(model, models.KernelRegressor):
+        train_x = normalize(dataset.train_x[:PROBE_INPUTS].to(anchor.device), dtype)
+    probe = normalize(x[:PROBE_INPUTS].to(anchor.device), dtype)
+    save(folder, model, config, probe, probe_logits(model.eval(), probe, train_x), train_x)
+
+
+@torch.no_grad()
+def probe_logits(model: nn.Module, x: Tensor, train_x: Tensor | None = None) -> Tensor:
+    """What a net gives for a probe: the logits of x [n, ...], or of a kernel regressor what ``train_x`` contributes."""
+    anchor = next(iter((*model.parameters(), *model.buffers())))
+    x = x.to(anchor.device, anchor.dtype)
+    if train_x is None:
+        return model(x)
+    return model.scores(x.flatten(1), train_x.to(anchor.device, anchor.dtype).flatten(1))
+
+
+def seed_key(seed: int) -> str:
+    """What a seed's net is called in CORRECT, and the folder of its training among those of other seeds."""
+    return f"seed-{seed}"
 
 
 def read_config(folder: Path) -> dict[str, Any]:

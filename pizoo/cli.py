@@ -1,4 +1,4 @@
-"""The command line: ``pizoo list | train | evaluate | predict | verify | reproduce | data``."""
+"""The command line: ``pizoo list | train | evaluate | predict | verify | reproduce | card | data``."""
 
 from __future__ import annotations
 
@@ -68,6 +68,9 @@ def train(
     recipe: Annotated[str, typer.Argument(help="An entry's name, or a recipe file.")],
     out_dir: Annotated[Path | None, typer.Option("--out", help="Folder for checkpoint and log (runs/ENTRY).")] = None,
     set_: Set = None,
+    seeds: Annotated[
+        str | None, typer.Option(help="Train several, each in its own folder under --out: 0-2 or 0,3,7.")
+    ] = None,
     data: Data = None,
     device: Device = None,
     rows_on: RowsOn = "auto",
@@ -77,6 +80,7 @@ def train(
 ) -> None:
     """Train a recipe. Run again with the same folder, it goes on where it was stopped."""
     from pizoo.recipes import load_recipe
+    from pizoo.training.seeds import parse_seeds, run_seeds
     from pizoo.training.supervised import train as run
 
     loaded = load_recipe(recipe, set_ or ())
@@ -84,26 +88,49 @@ def train(
         _print_plan(loaded, data, device, rows_on)
         return
     folder = out_dir or Path("runs") / loaded.entry
+    options = {"data_dir": data, "device": device, "rows_on": rows_on, "progress": err.is_terminal}
     try:
-        result = run(loaded, folder, data_dir=data, device=device, rows_on=rows_on, progress=err.is_terminal)
+        if seeds is not None:
+            results = run_seeds(loaded, parse_seeds(seeds), folder, **options)
+            rows = [(f"seed {one['seed']}", one) for one in results["seeds"]]
+        else:
+            results = run(loaded, folder, **options).results
+            rows = [(loaded.entry, results)]
     except KeyboardInterrupt:
         err.print(f"interrupted; the same command goes on after the last finished epoch in {folder}", soft_wrap=True)
         raise typer.Exit(130) from None
-    results = result.results
+    columns = ("entry", "test accuracy", "best epoch (test-selected)", "training time", "wall time", "peak memory")
+    _print_table(columns, [(name, *_training_cells(one, loaded.train is not None)) for name, one in rows])
+    if seeds is not None:
+        out.print(f"{loaded.entry}: {_mean(results)}", soft_wrap=True)
+    out.print(f"checkpoint and log: {folder}", markup=False, soft_wrap=True)
+
+
+def _training_cells(results: dict[str, Any], has_epochs: bool) -> tuple[str, ...]:
+    """What a training is shown by, beside its name."""
     best = results.get("best_epoch")
-    row = (
-        loaded.entry,
+    return (
         _percent(results.get("accuracy")),
-        f"{_percent(best['accuracy'])} (epoch {best['epoch']})" if best and loaded.train else "–",
+        f"{_percent(best['accuracy'])} (epoch {best['epoch']})" if best and has_epochs else "–",
         f"{results['train_seconds']:.1f} s",
+        f"{results['wall_seconds']:.1f} s",
         f"{results['peak_memory_bytes'] / 2**20:.0f} MiB",
     )
-    _print_table(("entry", "test accuracy", "best epoch (test-selected)", "training time", "peak memory"), [row])
-    out.print(f"checkpoint and log: {folder}", markup=False, soft_wrap=True)
+
+
+def _mean(results: dict[str, Any]) -> str:
+    """Several seeds in a line."""
+    runs, error = len(results["seeds"]), results["standard_error"]
+    told = f"{_percent(results['mean_accuracy'])} %"
+    if error is not None:
+        told = f"{_percent(results['mean_accuracy'])} ± {error:.2f} %, {runs} runs"
+        told += f" from {_percent(results['lowest_accuracy'])} to {_percent(results['highest_accuracy'])}"
+    return told
 
 
 def _print_plan(recipe: Any, data: Path | None, device: str | None, rows_on: str) -> None:
     """What training a recipe would take, as a table."""
+    from pizoo.cards import duration
     from pizoo.evaluation.accuracy import choose_device
     from pizoo.training.plan import plan
 
@@ -118,20 +145,13 @@ def _print_plan(recipe: Any, data: Path | None, device: str | None, rows_on: str
         planned.rows_on if planned.rows else "–",
         f"{planned.needed / 2**30:.2f} GiB",
         f"{planned.available / 2**30:.1f} GiB",
-        "–" if planned.seconds is None else f"about {_duration(planned.seconds)}",
+        "–" if planned.seconds is None else f"about {duration(planned.seconds)}",
     )
     columns = ("entry", "steps", "rows a layer", "rows on", "memory needed", "free", "time")
     _print_table(columns, [row], caption=None)
     if planned.rows_on == "host":
         out.print(planned.streaming(recipe.entry), markup=False, soft_wrap=True)
     planned.check(recipe.entry)
-
-
-def _duration(seconds: float) -> str:
-    for unit, size in (("days", 86_400), ("hours", 3600), ("min", 60)):
-        if seconds >= 2 * size:
-            return f"{seconds / size:.1f} {unit}"
-    return f"{seconds:.0f} s"
 
 
 @app.command()
@@ -183,10 +203,14 @@ def verify(
     quick: Annotated[
         bool,
         typer.Option(
-            help="Check the weights by a stored probe; needs no data set. Not for kernel entries whose training images do "
-            "not ship (cifar10_nngp, cifar10_ntk): they predict from those images, and are reported as not run."
+            help="Check the weights by a stored probe; needs no data set. Of kernel entries it checks what a few training "
+            "images contribute."
         ),
     ] = False,
+    images: Annotated[
+        int | None,
+        typer.Option(help="Measure on this many first test images only: a smaller check, for kernel entries on a CPU."),
+    ] = None,
     strict: Annotated[bool, typer.Option(help="Also fail when a training falls below the published number.")] = False,
 ) -> None:
     """Re-measure checkpoints: is each what it claims, and does our training reproduce the paper?
@@ -199,7 +223,7 @@ def verify(
     reports, rows = [], []
     for entry in _entries(entries):
         with err.status(f"verifying {entry}"):
-            report = run(entry, data, device, quick)
+            report = run(entry, data, device, quick, images)
         reports.append(report)
         probe = report.check == "probe"
         mean = _percent(report.mean) + (f" ± {report.standard_error:.2f}" if report.standard_error is not None else "")
@@ -216,6 +240,8 @@ def verify(
         rows.append(row)
     columns = ("entry", "checkpoint", "recorded", "measured", "mean", "published", "our training", "time")
     _print_table(columns, rows)
+    if images is not None:
+        out.print(f"of the first {images} test images, as recorded and as measured")
     for report in reports:
         if report.reason:
             out.print(f"{report.entry}: {report.reason}", markup=False, soft_wrap=True)
@@ -231,28 +257,64 @@ def verify(
 @app.command()
 def reproduce(
     entries: Annotated[list[str], typer.Argument(help="Entries or glob patterns, quoted: 'digits_*'.")],
-    runs: Annotated[Path, typer.Option(help="Folder for the trainings; finished ones are not run again.")] = Path(
-        "runs"
-    ),
-    cards: Annotated[Path, typer.Option(help="Folder to write the cards into.")] = Path("model_cards"),
-    seeds: Annotated[int | None, typer.Option(min=1, help="How many seeds (as the recipe says).")] = None,
+    runs: Annotated[
+        Path | None, typer.Option(help="Folder for the trainings (runs); finished ones are not run again.")
+    ] = None,
+    cards: Annotated[Path | None, typer.Option(help="Folder to write the cards into (model_cards).")] = None,
+    seeds: Annotated[str | None, typer.Option(help="Which seeds: 0-2 or 0,3,7 (as the recipe says).")] = None,
+    set_: Set = None,
     data: Data = None,
     device: Device = None,
 ) -> None:
-    """Make entries again from their recipes: train all seeds, ship one net, write its card."""
+    """Make entries again from their recipes: train all seeds, tune kernels, ship one net, verify it, write its card.
+
+    Exit code: 0 all verified, 1 a mismatch.
+    """
+    from pizoo.cards import duration, write_card
+    from pizoo.evaluation.verify import verify as check
     from pizoo.recipes import list_recipes, load_recipe
     from pizoo.training.reproduce import reproduce as run
+    from pizoo.training.seeds import parse_seeds
+    from pizoo.zoo import TUNED
+
+    if set_ and None in (runs, cards):
+        raise ValueError("--set makes other entries than the zoo's: give --cards and --runs of their own for them")
+    runs, cards = runs or Path("runs"), cards or Path("model_cards")
+    which = None if seeds is None else parse_seeds(seeds)
+    made, verified, seconds = _entries(entries, list_recipes()), True, 0.0
+    for entry in made:
+        card, options = cards / entry, {"data_dir": data, "device": device, "progress": err.is_terminal}
+        results = run(load_recipe(entry, set_ or ()), card, runs / entry, which, **options)
+        seconds += results["total_wall_seconds"]
+        tuned = f", tuned {_percent(results['tuned']['accuracy'])} %" if "tuned" in results else ""
+        reports = [check(folder, data, device) for folder in (card, *([card / TUNED] if tuned else []))]
+        verified = verified and all(report.status == "verified" for report in reports)
+        statuses = ", ".join(dict.fromkeys(report.status for report in reports))
+        time = duration(results["total_wall_seconds"])
+        out.print(f"{entry}: {_mean(results)}{tuned}; {statuses}; {time}; card in {card}", soft_wrap=True)
+    for entry in made:
+        write_card(cards / entry)  # once more: cards compare themselves with those beside them
+    if len(made) > 1:
+        out.print(f"all: trained, tuned and solved in {duration(seconds)}")
+    if not verified:
+        raise typer.Exit(EXIT_MISMATCH)
+
+
+@app.command()
+def card(
+    entries: Annotated[list[str], typer.Argument(help="Entries or glob patterns, quoted: 'digits_*'.")],
+    cards: Annotated[Path, typer.Option(help="Folder of the cards.")] = Path("model_cards"),
+) -> None:
+    """Write cards again from what they record and what their recipes say by now; nothing is trained or measured."""
+    from pizoo.cards import refresh
+    from pizoo.recipes import list_recipes, load_recipe
+    from pizoo.zoo import TUNED
 
     for entry in _entries(entries, list_recipes()):
-        recipe = load_recipe(entry)
-        which = None if seeds is None else range(seeds)
-        results = run(
-            recipe, cards / entry, runs / entry, which, data_dir=data, device=device, progress=err.is_terminal
-        )
-        spread = "" if results["standard_error"] is None else f" ± {results['standard_error']:.2f}"
-        out.print(
-            f"{entry}: {results['mean_accuracy']:.2f}{spread} %, {len(results['seeds'])} runs, card in {cards / entry}"
-        )
+        refresh(cards / entry, load_recipe(entry))
+        if (cards / entry / TUNED).is_dir():
+            refresh(cards / entry / TUNED, load_recipe(entry))
+        out.print(f"{entry}: card in {cards / entry}", soft_wrap=True)
 
 
 @data_app.command("prepare")

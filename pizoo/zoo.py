@@ -28,6 +28,7 @@ from pizoo.rows import check_place
 log = logging.getLogger("pizoo")
 
 PACKAGE = Path(__file__).parent
+TUNED = "tuned"  # in a kernel entry's card, the one with settings chosen on held-out training images
 
 
 class UnknownEntryError(ValueError):
@@ -46,8 +47,9 @@ def cards_dir() -> Path:
 
 
 def list_entries(pattern: str = "*") -> list[str]:
-    """Names of the zoo's entries that match a glob pattern, sorted."""
-    names = sorted(config.parent.name for config in cards_dir().glob(f"*/{checkpoint.CONFIG}"))
+    """Names of the zoo's entries that match a glob pattern, sorted; with a slash in it, of their tuned ones: ``*/tuned``."""
+    folders = (config.parent for config in cards_dir().glob(f"*/{TUNED if '/' in pattern else ''}/{checkpoint.CONFIG}"))
+    names = sorted(folder.relative_to(cards_dir()).as_posix() for folder in folders)
     return [name for name in names if fnmatchcase(name, pattern)]
 
 
@@ -57,7 +59,7 @@ def card(entry: str) -> Path:
     Raises:
         UnknownEntryError: no such entry; offers the nearest.
     """
-    if entry not in list_entries():
+    if entry not in list_entries(entry):
         raise unknown(entry)
     return cards_dir() / entry
 
@@ -78,7 +80,7 @@ def folder_of(entry: str | os.PathLike) -> Path:
     Raises:
         UnknownEntryError: neither an entry nor a folder.
     """
-    if isinstance(entry, str) and entry in list_entries():
+    if isinstance(entry, str) and entry in list_entries(entry):
         return card(entry)
     if not Path(entry).is_dir():
         raise unknown(entry)

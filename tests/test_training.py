@@ -116,7 +116,8 @@ def test_a_resumed_training_is_the_uninterrupted_one(whole, tmp_path, monkeypatc
         resumed = pizoo.train("digits_infpi", tmp_path, overrides=TINY, device="cpu")
     assert "after epoch 2" in caplog.text
     assert states_equal(resumed.model, whole.model)
-    assert [{**r, "train_seconds": 0} for r in resumed.history] == [{**r, "train_seconds": 0} for r in whole.history]
+    times = {"train_seconds": 0, "wall_seconds": 0}
+    assert [{**r, **times} for r in resumed.history] == [{**r, **times} for r in whole.history]
     assert "stopped by KeyboardInterrupt" in (tmp_path / "train.log").read_text()
 
 

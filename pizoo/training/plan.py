@@ -161,6 +161,19 @@ def plan(
     )
 
 
+def check_solving(recipe: Recipe, samples: int, device: torch.device) -> None:
+    """Raise NotEnoughMemory unless a kernel recipe can be solved on ``samples`` training images: a matrix and its factor."""
+    needed = 2 * 8 * samples**2 + 8 * samples * recipe.data.d + HEADROOM
+    available = free_memory(device)
+    if needed > available:
+        fitting = math.isqrt(max(0, available - HEADROOM) // 16)
+        raise NotEnoughMemory(
+            f"{recipe.entry} needs {needed / 2**30:.1f} GiB, for the float64 kernel between {samples:,} training images and "
+            f"its factor; {available / 2**30:.1f} GiB are free on {device}. A GPU may have them, or take a data.subset of less "
+            f"than {fitting:,}"
+        )
+
+
 def _layer_widths(recipe: Recipe) -> list[int]:
     """Outputs of each growing layer; none for finite nets."""
     if not isinstance(recipe.model, InfPi):

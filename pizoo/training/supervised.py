@@ -27,10 +27,10 @@ from pizoo.evaluation.accuracy import accuracy, choose_device, predict
 from pizoo.memory import explained
 from pizoo.models import KernelRegressor
 from pizoo.optim import PiSGD, clip_grad_norm_, param_groups
-from pizoo.recipes import Recipe, RecipeError, load_recipe
+from pizoo.recipes import Recipe, RecipeError, decisive, load_recipe
 from pizoo.training.engine import Engine, unsupported
-from pizoo.training.plan import plan
-from pizoo.training.report import StepProgress, hardware, log, logging_to, peak_memory
+from pizoo.training.plan import check_solving, plan
+from pizoo.training.report import LapTimer, StepProgress, commit, hardware, log, logging_to, peak_memory
 from pizoo.training.schedule import schedule_factor
 from pizoo.training.state import optimizer_tensors, restore
 
@@ -124,6 +124,7 @@ class _Training:
         engine: bool | None = None,
         rows_on: str = "auto",
     ):
+        self.timer = LapTimer()
         self.recipe, self.dataset, self.folder, self.device = recipe, dataset, folder, device
         self.normalize = recipe.data.normalize
         self.steps_per_epoch = math.ceil(len(dataset.train_x) / recipe.train.batch_size)
@@ -214,6 +215,7 @@ class _Training:
             results = checkpoint.read_json(self.folder / checkpoint.RESULTS)  # of the day and machine it was trained on
         else:
             results = training_results(self.recipe, self.history, self.device)
+            results["wall_seconds"] += self.timer.lap()
             if self.folder is not None:
                 checkpoint.write_json(self.folder / checkpoint.RESULTS, results)
         return TrainResult(self.model, self.recipe, self.folder, self.history, results)
@@ -246,6 +248,8 @@ class _Training:
                     f"the net's predictions after epoch {epoch + 1} are not finite; {self._kept(epoch)}. {REMEDY}"
                 )
             record["test_accuracy"] = accuracy(logits, self.dataset.test_y)
+        # What an epoch took in all: with the set-up before it, or the saving of the epoch before it.
+        record["wall_seconds"] = self.timer.lap()
         if self.growing:
             record["rows"] = {name: layer.count for name, layer in self.growing.items()}
         log.info("%s", " ".join(f"{k}={v:.6g}" if isinstance(v, float) else f"{k}={v}" for k, v in record.items()))
@@ -301,7 +305,7 @@ class _Training:
 
 def _solve(recipe: Recipe, dataset: Dataset, folder: Path | None, device: torch.device) -> TrainResult:
     """Fit a kernel regressor on all training inputs, in float64; if ``folder`` holds it already, load it."""
-    begin = time.perf_counter()
+    timer, begin = LapTimer(), time.perf_counter()
     model = recipe.build_model(device)
     if not isinstance(model, KernelRegressor):
         raise RecipeError(
@@ -315,10 +319,12 @@ def _solve(recipe: Recipe, dataset: Dataset, folder: Path | None, device: torch.
             model, _ = checkpoint.load(folder, device=device)
             results = checkpoint.read_json(folder / checkpoint.RESULTS)
             return TrainResult(model.attach(train_x), recipe, folder, results["history"], results)
+    check_solving(recipe, len(train_x), device)
     model.fit(train_x, dataset.train_y.to(device))
     record: dict[str, Any] = {"epoch": 0, "train_seconds": time.perf_counter() - begin}
     if dataset.test_x is not None:
         record["test_accuracy"] = accuracy(predict(model, dataset.test_x, normalize), dataset.test_y)
+    record["wall_seconds"] = timer.lap()
     results = training_results(recipe, [record], device)
     if folder is not None:
         checkpoint.save_with_probe(folder, model, recipe.config(dataset.class_names), dataset, normalize)
@@ -333,8 +339,10 @@ def training_results(recipe: Recipe, history: list[dict[str, Any]], device: torc
         "data": {"name": recipe.data.name, "part": "test", "subset": recipe.data.subset, "split": recipe.data.split},
         "seed": recipe.train.seed if recipe.train else None,
         "train_seconds": sum(record["train_seconds"] for record in history),
+        "wall_seconds": sum(record["wall_seconds"] for record in history),
         "hardware": hardware(device),
         "peak_memory_bytes": peak_memory(device),
+        "commit": commit(),
         "versions": {"pizoo": __version__, "torch": torch.__version__, "python": platform.python_version()},
         "date": date.today().isoformat(),
         "history": history,
@@ -350,10 +358,10 @@ def _check_folder(folder: Path, recipe: Recipe) -> None:
     """Raise CheckpointError if a folder holds another recipe's training, or a shipped net that training would mix with."""
     if not (folder / checkpoint.CONFIG).exists():
         return
-    found = checkpoint.read_config(folder).get("recipe")
-    if found != recipe.to_dict():
+    found, wanted = decisive(checkpoint.read_config(folder).get("recipe")), decisive(recipe.to_dict())
+    if found != wanted:
         raise checkpoint.CheckpointError(
-            f"{folder} holds a training of another recipe ({_difference(found, recipe.to_dict())}); "
+            f"{folder} holds a training of another recipe ({_difference(found, wanted)}); "
             "choose another folder, or remove it"
         )
     if recipe.train is not None and (folder / checkpoint.MODEL).exists():
