@@ -48,24 +48,19 @@ class _FiniteMLP(PiNet):
         if self.hparams["readout_zero_init"]:
             nn.init.zeros_(self.layers[-1].weight)
 
-    def basis(self, l: int) -> Tensor | None:
-        """What gradients of layer l are projected onto: orthonormal columns [width, r], or None."""
-        return None
+    @property
+    def all_layers(self) -> list[nn.Module]:
+        return list(self.layers)
 
-    def features(self, x: Tensor) -> Tensor:
-        """The last hidden post-activation [B, width]."""
-        h = self.flatten(x)
-        for l, layer in enumerate(self.layers[:-1]):
-            h = torch.relu(layer(h, self.basis(l)))
-        return h
+    def call_layer(self, l: int, h: Tensor) -> Tensor:
+        return self.layers[l](h, self.basis(l))
+
+    def activation(self, h: Tensor) -> Tensor:
+        return torch.relu(h)
 
     def feature_kernel(self, x: Tensor, y: Tensor) -> Tensor:
         """``cos(x, y) / 2`` between two sets of features: [n, width], [m, width] -> [n, m]."""
         return functional.feature_kernel_from_postactivations(x, y)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[B, d_in] or [B, C, H, W] -> [B, d_out]."""
-        return self.layers[-1](self.features(x))
 
 
 class MuMLP(_FiniteMLP):
@@ -209,7 +204,8 @@ class FinPiMLP(_FiniteMLP):
         self._sample(infinite_layers(self.hparams, device, dtype) if source is None else source)
 
     def basis(self, l: int) -> Tensor | None:
-        return self.omega.basis(l) if self.hparams["projected"] else None
+        hidden = l < self.hparams["hidden_layers"]  # the read-out's gradient is not projected
+        return self.omega.basis(l) if hidden and self.hparams["projected"] else None
 
     @torch.no_grad()
     def _sample(self, source: InfiniteLayers | InfPiMLP) -> None:
