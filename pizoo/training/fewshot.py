@@ -9,12 +9,12 @@ Source: Finn, Abbeel, Levine (2017); Yang, Santacroce, Hu (ICLR 2022), section o
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from pizoo.data import FewShotBatch
 from pizoo.models import PiNet
 from pizoo.models.adapt import (
     Layers,
@@ -27,41 +27,6 @@ from pizoo.models.adapt import (
     task_losses,
 )
 from pizoo.optim import clip_grad_norm_, named_roles
-
-
-@dataclass(frozen=True)
-class FewShotBatch:
-    """T tasks of N support and Q query samples, on one device.
-
-    Args:
-        support_x: [T, N, d], as the net takes them.
-        support_y: labels int64 [T, N], 0 to ways - 1.
-        query_x: [T, Q, d].
-        query_y: int64 [T, Q].
-
-    Raises:
-        ValueError: shapes or dtypes that do not fit. Labels out of the net's range are found by :func:`meta_loss` on a CPU;
-            elsewhere looking would wait for the device.
-    """
-
-    support_x: Tensor
-    support_y: Tensor
-    query_x: Tensor
-    query_y: Tensor
-
-    def __post_init__(self) -> None:
-        for part, x, y in (("support", self.support_x, self.support_y), ("query", self.query_x, self.query_y)):
-            if x.ndim != 3 or x.numel() == 0 or not x.is_floating_point():
-                raise ValueError(
-                    f"{part}_x has shape {list(x.shape)} and dtype {x.dtype}; it must be [T, n, d] of floats, none of them 0"
-                )
-            if y.dtype != torch.int64 or y.shape != x.shape[:2]:
-                raise ValueError(
-                    f"{part}_y has shape {list(y.shape)} and dtype {y.dtype}; it must be {list(x.shape[:2])} of torch.int64"
-                )
-        if self.support_x.shape[::2] != self.query_x.shape[::2]:
-            shapes = f"{list(self.support_x.shape)} and {list(self.query_x.shape)}"
-            raise ValueError(f"support_x and query_x have shapes {shapes}; they must agree in T and d")
 
 
 class TaskResults(NamedTuple):
