@@ -25,7 +25,7 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -51,7 +51,9 @@ CONFIG, MANIFEST, MODEL, PROBE, RESULTS = (
 )
 LOCK = "train.lock"
 NETWORKS = {cls.__name__: cls for cls in (models.InfPiMLP, models.FinPiMLP, models.MuMLP)}
-REGRESSORS = {cls.__name__: cls for cls in (models.NNGPRegressor, models.NTKRegressor)}
+KERNELS = {
+    cls.__name__: cls for cls in (models.NNGPRegressor, models.NTKRegressor, models.NNGPLearner, models.NTKLearner)
+}
 
 
 class CheckpointError(RuntimeError):
@@ -196,10 +198,10 @@ def build(description: Mapping[str, Any], device=None, dtype: torch.dtype | None
     """
     name, hparams = description.get("class"), description.get("hparams", {})
     try:
-        if name in REGRESSORS:
-            return REGRESSORS[name](**hparams).to(device)
+        if name in KERNELS:
+            return KERNELS[name](**hparams).to(device)
         if name not in NETWORKS:
-            known = ", ".join((*NETWORKS, *REGRESSORS))
+            known = ", ".join((*NETWORKS, *KERNELS))
             raise CheckpointError(f"the checkpoint is of a {name!r}; this version of pizoo knows {known}")
         options: dict[str, Any] = {"device": device, "dtype": dtype}
         if name == "InfPiMLP" and dtype is None and "rows_dtype" in description:
@@ -209,19 +211,30 @@ def build(description: Mapping[str, Any], device=None, dtype: torch.dtype | None
         raise CheckpointError(f"the checkpoint's hyper-parameters do not fit {name}: {error}") from None
 
 
-def save(folder: Path, model: nn.Module, config: Mapping[str, Any], probe_x: Tensor, probe_logits: Tensor) -> None:
+def save(
+    folder: Path,
+    model: nn.Module,
+    config: Mapping[str, Any],
+    probe_x: Tensor,
+    probe_logits: Tensor,
+    probe_support: tuple[Tensor, Tensor] | None = None,
+) -> None:
     """Write a shipped checkpoint: weights, probe, and ``config`` completed by what builds and checks the net.
 
     Args:
         probe_x, probe_logits: inputs as the net takes them [n, ...] and its logits [n, classes].
+        probe_support: of a net that learns tasks: samples and labels to which it is adapted before it gives these logits.
     """
+    probe = {"x": probe_x, "logits": probe_logits}
+    if probe_support is not None:
+        probe["support_x"], probe["support_y"] = probe_support
     folder.mkdir(parents=True, exist_ok=True)
     # A disk that fills up leaves an older checkpoint whole; a kill between the renames leaves digests that do not fit.
     with tempfile.TemporaryDirectory(prefix=".saving-", dir=folder) as scratch:
         staged = Path(scratch)
         digests = {
             MODEL: write_tensors(staged / MODEL, model.state_dict()),
-            PROBE: write_tensors(staged / PROBE, {"x": probe_x, "logits": probe_logits}),
+            PROBE: write_tensors(staged / PROBE, probe),
         }
         write_json(staged / CONFIG, complete(config, model, digests))
         for name in (MODEL, PROBE, CONFIG):
@@ -272,7 +285,7 @@ def load(
     """Load a net and its ``config.json`` from a shipped or a training checkpoint.
 
     Args:
-        epoch: of a training checkpoint, the epoch to load; None: the last.
+        epoch: of a training checkpoint, the epoch to load; None: the one its training chose, else the last.
         dtype: None: float32, rows as stored.
 
     Raises:
@@ -281,7 +294,8 @@ def load(
     folder = Path(folder)
     config = read_config(folder)
     if (folder / MANIFEST).exists() and (epoch is not None or not (folder / MODEL).exists()):
-        state = read_epoch(folder, epoch).model_state
+        chosen = read_manifest(folder).get("chosen")
+        state = read_epoch(folder, chosen if epoch is None else epoch).model_state
     elif epoch is not None:
         raise CheckpointError(f"{folder} holds one net, not epochs: epoch={epoch} cannot be loaded from it")
     else:
@@ -363,15 +377,17 @@ def save_epoch(
     model: nn.Module,
     record: Mapping[str, Any],
     optimizer: Mapping[str, Tensor],
-    keep_states: bool,
+    keep: Collection[int] | None = None,
+    chosen: int | None = None,
 ) -> None:
     """Add an epoch: a segment with the rows appended since the last, a state file, then the manifest that names them.
 
     Args:
         record: JSON values to keep with it; ``record["epoch"]`` numbers it.
         optimizer: tensors of the optimizer, by name.
-        keep_states: keep earlier epochs loadable; False (finite nets, whose state is the whole net) removes their files
-            and keeps their records.
+        keep: earlier epochs to keep loadable; None: all. Of others the files are removed and the records kept (finite nets,
+            whose state is the whole net).
+        chosen: the epoch that :func:`load` is to give when not told which; None: the last.
     """
     manifest = read_manifest(folder)
     _write_segment(folder, model, manifest)
@@ -387,13 +403,16 @@ def save_epoch(
         "state": {"file": state, "sha256": write_tensors(folder / state, tensors)},
         "segments": len(manifest["segments"]),
     }
-    if not keep_states:
-        manifest["epochs"] = [{**old, "state": None} for old in manifest["epochs"]]
+    if keep is not None:
+        manifest["epochs"] = [old if old["epoch"] in keep else {**old, "state": None} for old in manifest["epochs"]]
     manifest["epochs"].append(entry)
+    if chosen is not None:
+        manifest["chosen"] = chosen
     _write_manifest(folder, manifest)
-    if not keep_states:
+    if keep is not None:
+        held = {record["state"]["file"] for record in manifest["epochs"] if record["state"]}
         for file in folder.glob("state-*.safetensors"):
-            if file.name != state:
+            if file.name not in held:
                 file.unlink()
 
 

@@ -47,6 +47,18 @@ class FewShotBatch:
             shapes = f"{list(self.support_x.shape)} and {list(self.query_x.shape)}"
             raise ValueError(f"support_x and query_x have shapes {shapes}; they must agree in T and d")
 
+    def __getitem__(self, tasks: slice) -> FewShotBatch:
+        """Some of the tasks."""
+        return FewShotBatch(*(part[tasks] for part in self._parts))
+
+    def to(self, dtype: torch.dtype) -> FewShotBatch:
+        """The batch with its samples in another dtype."""
+        return replace(self, support_x=self.support_x.to(dtype), query_x=self.query_x.to(dtype))
+
+    @property
+    def _parts(self) -> tuple[Tensor, ...]:
+        return self.support_x, self.support_y, self.query_x, self.query_y
+
 
 @dataclass(frozen=True, eq=False)
 class TaskPool:

@@ -6,6 +6,7 @@ Source: Yang, Santacroce, Hu (ICLR 2022), section 4 and the appendix on finite-w
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -71,6 +72,7 @@ class MuMLP(_FiniteMLP):
             :class:`InfPiMLP`.
         width: units of each hidden layer.
         readout_zero_init: start with a read-out of zeros.
+        initial_scales: what the initial weights of the first layers are multiplied by, from the input on; None: nothing.
         device, dtype: of the parameters.
 
     State: ``layers.{l}.weight``, ``layers.{l}.bias``, l = 0..hidden_layers.
@@ -87,9 +89,11 @@ class MuMLP(_FiniteMLP):
         first_layer_alpha: float = 1.0,
         last_layer_alpha: float = 1.0,
         readout_zero_init: bool = False,
+        initial_scales: Sequence[float] | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
+        scales = {} if initial_scales is None else {"initial_scales": list(initial_scales)}
         super().__init__(
             d_in=d_in,
             d_out=d_out,
@@ -102,7 +106,13 @@ class MuMLP(_FiniteMLP):
             readout_zero_init=readout_zero_init,
             device=device,
             dtype=dtype,
+            **scales,
         )
+        if len(initial_scales or ()) > hidden_layers + 1:
+            raise ValueError(f"initial_scales are {initial_scales}; there are {hidden_layers + 1} layers to scale")
+        with torch.no_grad():
+            for layer, scale in zip(self.layers, initial_scales or (), strict=False):
+                layer.weight.mul_(scale)
         if readout_zero_init:
             nn.init.zeros_(self.layers[-1].weight)
 

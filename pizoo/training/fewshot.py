@@ -94,7 +94,7 @@ def meta_step(
     optimizer.zero_grad()
     results = task_results(model, batch, step_size, first_order, steps, layers)
     results.outer_losses.sum().backward()
-    clip_grad_norm_(model, max_norm, per_param, exclude_readout=readout_is_fixed(model, optimizer))
+    clip_outer_gradient(model, optimizer, max_norm, per_param)
     optimizer.step()
     return TaskResults(*(part.detach() for part in results))
 
@@ -122,6 +122,13 @@ def _second_order(model: PiNet, batch: FewShotBatch, step_size: float, steps: in
     rows = readout_rows(model.readout, support_features, support, batch.support_y, step_size, steps)
     inner_losses = task_losses(support.detach(), batch.support_y)
     return inner_losses, query + rows.output(model.readout, query_features)
+
+
+def clip_outer_gradient(
+    model: PiNet, optimizer: torch.optim.Optimizer, max_norm: float | None, per_param: bool = False
+) -> Tensor | dict[str, Tensor]:
+    """:func:`pizoo.optim.clip_grad_norm_`, without the read-out's weight if that is not to move."""
+    return clip_grad_norm_(model, max_norm, per_param, exclude_readout=readout_is_fixed(model, optimizer))
 
 
 def readout_is_fixed(model: PiNet, optimizer: torch.optim.Optimizer) -> bool:

@@ -55,9 +55,13 @@ class Plan:
 
 
 def plan(recipe: Recipe, samples: int, device: torch.device, estimate_time: bool = False) -> Plan:
-    """Plan the training of ``recipe`` on ``samples`` training images; with ``estimate_time`` it measures for a second."""
+    """Plan the training of ``recipe`` on ``samples`` training images an epoch (:func:`samples_per_epoch` of tasks).
+
+    With ``estimate_time`` it measures for a second.
+    """
     settings = recipe.train
-    steps = math.ceil(samples / settings.batch_size) * settings.epochs
+    steps_per_epoch = settings.steps_per_epoch or math.ceil(samples / settings.batch_size)
+    steps = steps_per_epoch * settings.epochs
     rows, row_bytes, seconds = 0, 0, None
     widths = _layer_widths(recipe)
     if widths:
@@ -66,10 +70,18 @@ def plan(recipe: Recipe, samples: int, device: torch.device, estimate_time: bool
         rows = first + samples * settings.epochs
         row_bytes = sum(rows * (itemsize * (r_out + recipe.model.r) + max(4, itemsize)) for r_out in widths)
         if estimate_time:
-            per_row = sum(_seconds_per_row(recipe, r_out, device) for r_out in widths)
+            batch = math.ceil(samples / steps_per_epoch)
+            per_row = sum(_seconds_per_row(recipe, r_out, batch, device) for r_out in widths)
             seconds = steps * STEP_OVERHEAD[device.type] + per_row * (first + rows) / 2 * steps
-    data = samples * recipe.data.d * (4 + 1)
+    data = 0 if recipe.tasks else samples * recipe.data.d * (4 + 1)  # all of Omniglot, rotated, is 100 MB
     return Plan(steps, rows, row_bytes, row_bytes + data + HEADROOM, free_memory(device), seconds)
+
+
+def samples_per_epoch(recipe: Recipe) -> int:
+    """Samples whose rows an epoch on tasks appends: of support and query, at first order of queries alone."""
+    tasks, settings = recipe.tasks, recipe.train
+    images = tasks.queries if tasks.first_order else tasks.shots + tasks.queries
+    return settings.steps_per_epoch * settings.batch_size * recipe.data.classes * images
 
 
 def free_memory(device: torch.device) -> int:
@@ -86,15 +98,16 @@ def free_memory(device: torch.device) -> int:
 
 
 def _layer_widths(recipe: Recipe) -> list[int]:
-    """Outputs of each growing layer; none for finite nets."""
+    """Outputs of each layer that grows; none for finite nets."""
     if not isinstance(recipe.model, InfPi):
         return []
-    return [recipe.model.r] * (recipe.model.hidden_layers - 1) + [recipe.data.classes]
+    readout = [recipe.data.classes] if recipe.train.last_layer_lr_mult else []
+    return [recipe.model.r] * (recipe.model.hidden_layers - 1) + readout
 
 
-def _seconds_per_row(recipe: Recipe, r_out: int, device: torch.device) -> float:
-    """Forward and backward of one growing layer, per row, measured on random rows."""
-    r, b, dtype = recipe.model.r, recipe.train.batch_size, getattr(torch, recipe.train.dtype)
+def _seconds_per_row(recipe: Recipe, r_out: int, b: int, device: torch.device) -> float:
+    """Forward and backward of one growing layer, per row, for batches of b samples, measured on random rows."""
+    r, dtype = recipe.model.r, getattr(torch, recipe.train.dtype)
     rows = PROBE_ROWS[device.type]
     gbar = unit(torch.randn(b, r, device=device))[0]
     A, B = (torch.randn(rows, n, device=device).to(dtype) for n in (r_out, r))

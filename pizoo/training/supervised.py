@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from pizoo import __version__, checkpoint, ops
-from pizoo.data import Dataset, epoch_order
+from pizoo.data import Dataset, TaskPool, epoch_order
 from pizoo.evaluation.accuracy import accuracy, choose_device, predict
 from pizoo.models import KernelRegressor
 from pizoo.optim import PiSGD, clip_grad_norm_, param_groups
@@ -64,7 +64,7 @@ def train(
     *,
     overrides: Iterable[str] = (),
     data_dir: str | os.PathLike | None = None,
-    dataset: Dataset | None = None,
+    dataset: Dataset | dict[str, TaskPool] | None = None,
     device: torch.device | str | None = None,
     engine: bool | None = None,
     progress: bool = False,
@@ -76,7 +76,8 @@ def train(
         out: folder for checkpoint, log and results; None: nothing is written.
         overrides: ``"train.epochs=1"`` and the like, for a name or path.
         data_dir: where data sets are (:func:`pizoo.data.data_directory`).
-        dataset: use this one instead of the one the recipe names.
+        dataset: use this one instead of the one the recipe names; of a recipe with tasks, the classes of each split, as
+            :func:`pizoo.data.load_tasks` gives them.
         device: None: a GPU if there is one.
         engine: train with :class:`pizoo.training.engine.Engine` instead of the plain loop, to the same result within
             rounding; None: on a GPU, where it can.
@@ -93,17 +94,22 @@ def train(
     elif list(overrides):
         raise RecipeError("overrides go with a name or path; a Recipe is complete already")
     device = choose_device(device)
+    training, solve = _Training, _solve
+    if recipe.tasks is not None:
+        from pizoo.training.meta import MetaTraining, measure_kernel  # which build on the loop below
+
+        training, solve = MetaTraining, measure_kernel
     if dataset is None:
-        dataset = recipe.data.load(data_dir)
-    dataset.require(recipe.data.input_size, recipe.data.classes)
+        dataset = recipe.data.load(data_dir) if recipe.tasks is None else recipe.data.load_tasks(data_dir)
+    training.check_data(recipe, dataset)
     folder = Path(out) if out is not None else None
     if folder is not None:
-        _check_folder(folder, recipe)  # a folder that is refused stays as it is, its log included
+        check_folder(folder, recipe)  # a folder that is refused stays as it is, its log included
     with checkpoint.training_lock(folder):
         if recipe.train is None:
-            return _solve(recipe, dataset, folder, device)
+            return solve(recipe, dataset, folder, device)
         with logging_to(folder):
-            return _Training(recipe, dataset, folder, device, engine).run(progress)
+            return training(recipe, dataset, folder, device, engine).run(progress)
 
 
 class _Training:
@@ -113,12 +119,10 @@ class _Training:
         self, recipe: Recipe, dataset: Dataset, folder: Path | None, device: torch.device, engine: bool | None = None
     ):
         self.recipe, self.dataset, self.folder, self.device = recipe, dataset, folder, device
-        self.normalize = recipe.data.normalize
-        self.train_x, self.train_y = dataset.train_x.to(device), dataset.train_y.to(device)
         settings = recipe.train
-        self.steps_per_epoch = math.ceil(len(self.train_x) / settings.batch_size)
+        samples_per_epoch = self._take(dataset)
         self.steps = self.steps_per_epoch * settings.epochs
-        plan(recipe, len(self.train_x), device).check(recipe.entry)
+        plan(recipe, samples_per_epoch, device).check(recipe.entry)
         self.model = recipe.build_model(device)
         self.optimizer = PiSGD(
             param_groups(
@@ -137,10 +141,23 @@ class _Training:
         self.growing = checkpoint.growing_layers(self.model)
         self.history: list[dict[str, Any]] = []
         self._begin_or_resume()
-        samples = len(self.train_x) * (settings.epochs - len(self.history))
+        samples = samples_per_epoch * (settings.epochs - len(self.history))
         for layer in self.growing.values():
-            layer.reserve(layer.count + samples)
+            if layer.role == "hidden" or settings.last_layer_lr_mult:
+                layer.reserve(layer.count + samples)
         self.engine = self._make_engine() if self._wants_engine(engine) else None
+
+    @staticmethod
+    def check_data(recipe: Recipe, dataset: Dataset) -> None:
+        """Raise ValueError unless the data are what the recipe wants."""
+        dataset.require(recipe.data.input_size, recipe.data.classes)
+
+    def _take(self, dataset: Dataset) -> int:
+        """Put the data where they are trained on; set ``class_names`` and ``steps_per_epoch``; return samples an epoch."""
+        self.normalize, self.class_names = self.recipe.data.normalize, dataset.class_names
+        self.train_x, self.train_y = dataset.train_x.to(self.device), dataset.train_y.to(self.device)
+        self.steps_per_epoch = math.ceil(len(self.train_x) / self.recipe.train.batch_size)
+        return len(self.train_x)
 
     def _wants_engine(self, asked: bool | None) -> bool:
         reason = unsupported(self.recipe.train, self.steps_per_epoch, bool(self.growing))
@@ -162,9 +179,9 @@ class _Training:
     def _begin_or_resume(self) -> None:
         if self.folder is None:
             return
-        _check_folder(self.folder, self.recipe)
+        check_folder(self.folder, self.recipe)
         if not (self.folder / checkpoint.MANIFEST).exists():
-            checkpoint.start_training(self.folder, self.model, self.recipe.config(self.dataset.class_names))
+            checkpoint.start_training(self.folder, self.model, self.recipe.config(self.class_names))
             return
         if records := checkpoint.read_manifest(self.folder)["epochs"]:
             restore(self.model, self.optimizer, checkpoint.read_epoch(self.folder))
@@ -178,14 +195,21 @@ class _Training:
                 self.history.append(self._epoch(epoch, bar))
                 if self.folder is not None:
                     self._save(epoch + 1)
-        self.model.eval()
+        self._finish()
         if self.folder is not None and already == settings.epochs and (self.folder / checkpoint.RESULTS).exists():
             results = checkpoint.read_json(self.folder / checkpoint.RESULTS)  # of the day and machine it was trained on
         else:
-            results = training_results(self.recipe, self.history, self.device)
+            results = self._results()
             if self.folder is not None:
                 checkpoint.write_json(self.folder / checkpoint.RESULTS, results)
         return TrainResult(self.model, self.recipe, self.folder, self.history, results)
+
+    def _finish(self) -> None:
+        """After the last epoch: leave the net that this training gives, in eval mode."""
+        self.model.eval()
+
+    def _results(self) -> dict[str, Any]:
+        return training_results(self.recipe, self.history, self.device)
 
     def _epoch(self, epoch: int, bar: StepProgress) -> dict[str, Any]:
         settings, begin = self.recipe.train, time.perf_counter()
@@ -215,16 +239,25 @@ class _Training:
                     f"the net's predictions after epoch {epoch + 1} are not finite; {self._kept(epoch)}. {REMEDY}"
                 )
             record["test_accuracy"] = accuracy(logits, self.dataset.test_y)
+        return self._log(record)
+
+    def _log(self, record: dict[str, Any]) -> dict[str, Any]:
+        """Note an epoch's record, row counts added, in the log."""
         if self.growing:
             record["rows"] = {name: layer.count for name, layer in self.growing.items()}
         log.info("%s", " ".join(f"{k}={v:.6g}" if isinstance(v, float) else f"{k}={v}" for k, v in record.items()))
         return record
 
-    def _step(self, step: int, x: Tensor, y: Tensor) -> float:
-        settings = self.recipe.train
-        factor = self._lr_factor(step)
+    def _schedule(self, step: int) -> float | None:
+        """Set the learning rate of a step; return its clipping threshold."""
+        settings, factor = self.recipe.train, self._lr_factor(step)
         for group in self.optimizer.param_groups:
             group["lr"] = settings.lr * factor
+        max_norm, follows = settings.clip.max_norm, settings.clip.follows_schedule
+        return max_norm * factor if max_norm is not None and follows else max_norm
+
+    def _step(self, step: int, x: Tensor, y: Tensor) -> float:
+        settings, max_norm = self.recipe.train, self._schedule(step)
         dtype = next(self.model.parameters()).dtype
         logits = self.model(self.normalize(x, dtype)).to(torch.promote_types(dtype, torch.float32))
         if settings.loss == "mse":
@@ -234,16 +267,16 @@ class _Training:
             loss = nn.functional.cross_entropy(logits, y)
         self.optimizer.zero_grad()
         loss.backward()
-        clip, max_norm = settings.clip, settings.clip.max_norm
-        if max_norm is not None and clip.follows_schedule:
-            max_norm *= factor
-        norms = clip_grad_norm_(self.model, max_norm, clip.per_param)
+        norms = clip_grad_norm_(self.model, max_norm, settings.clip.per_param)
+        return self._take_step(step, loss.item(), norms)
+
+    def _take_step(self, step: int, loss: float, norms: Tensor | dict[str, Tensor]) -> float:
+        """Step unless the loss or a gradient's norm is not finite; returns the loss."""
         norm = torch.stack([n.double() for n in norms.values()]).sum() if isinstance(norms, dict) else norms
-        value = loss.item()
-        if not (math.isfinite(value) and norm.isfinite()):
-            self._diverged(step, value)
+        if not (math.isfinite(loss) and norm.isfinite()):
+            self._diverged(step, loss)
         self.optimizer.step()
-        return value
+        return loss
 
     def _diverged(self, step: int, loss: float) -> None:
         epoch = step // self.steps_per_epoch + 1
@@ -259,8 +292,14 @@ class _Training:
     def _save(self, epoch: int) -> None:
         record = {"epoch": epoch, "metrics": self.history[-1]}
         tensors = optimizer_tensors(self.model, self.optimizer)
-        # A finite net's state is all of it, every epoch again: only the last is kept.
-        checkpoint.save_epoch(self.folder, self.model, record, tensors, keep_states=bool(self.growing))
+        best = self._best_epoch()
+        # A finite net's state is all of it, every epoch again: only the best, where that is kept, and the last.
+        keep = None if self.growing else {best}
+        checkpoint.save_epoch(self.folder, self.model, record, tensors, keep, chosen=best)
+
+    def _best_epoch(self) -> int | None:
+        """The epoch whose net this training gives; None: the last."""
+        return None
 
 
 def _solve(recipe: Recipe, dataset: Dataset, folder: Path | None, device: torch.device) -> TrainResult:
@@ -274,7 +313,7 @@ def _solve(recipe: Recipe, dataset: Dataset, folder: Path | None, device: torch.
     normalize = recipe.data.normalize
     train_x = normalize(dataset.train_x.to(device), torch.float64)
     if folder is not None:
-        _check_folder(folder, recipe)
+        check_folder(folder, recipe)
         if (folder / checkpoint.RESULTS).exists():
             model, _ = checkpoint.load(folder, device=device)
             results = checkpoint.read_json(folder / checkpoint.RESULTS)
@@ -310,7 +349,7 @@ def training_results(recipe: Recipe, history: list[dict[str, Any]], device: torc
     return results
 
 
-def _check_folder(folder: Path, recipe: Recipe) -> None:
+def check_folder(folder: Path, recipe: Recipe) -> None:
     """Raise CheckpointError if a folder holds another recipe's training, or a shipped net that training would mix with."""
     if not (folder / checkpoint.CONFIG).exists():
         return
