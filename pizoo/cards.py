@@ -10,6 +10,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from pizoo import checkpoint
 from pizoo.data import ASSETS, dataset_path
+from pizoo.evaluation.fewshot import TaskAccuracy
 from pizoo.recipes import Recipe
 
 PAPER = "https://openreview.net/forum?id=tUMr0Iox8XW"
@@ -18,7 +19,7 @@ UNTRAINED = "No weights yet: `pizoo train {entry}` trains them, `pizoo.load` the
 VERIFY = "`pizoo verify {entry}` re-measures the number below"
 VERIFY_QUICK = VERIFY + "; `pizoo verify --quick {entry}` checks the weights alone."
 VERIFY_FULL = VERIFY + ", and needs the training images, from which kernel regressors predict."
-DATASETS = {"cifar10": "CIFAR-10", "digits": "scikit-learn digits"}
+DATASETS = {"cifar10": "CIFAR-10", "digits": "scikit-learn digits", "omniglot": "Omniglot"}
 
 TEMPLATE = (
     """---
@@ -90,7 +91,7 @@ def write_card(folder: Path) -> Path:
                 task_type="image-classification",
                 dataset_type=name,
                 dataset_name=DATASETS.get(name, name),
-                dataset_split="test",
+                dataset_split=results.get("split", "test"),
                 metric_type="accuracy",
                 metric_value=round(results["accuracy"], 4),
             )
@@ -103,7 +104,8 @@ def _write(folder: Path, data: ModelCardData, recipe: dict[str, Any], numbers: s
     entry, name, path = recipe["entry"], recipe["data"]["name"], recipe["data"]["path"]
     trained = (folder / checkpoint.RESULTS).exists()
     # Kernel regressors have no quick check unless their training images ship.
-    images_needed = recipe["train"] is None and not (path is None and dataset_path(name).is_relative_to(ASSETS))
+    ships = path is None and dataset_path(name).is_relative_to(ASSETS)
+    images_needed = recipe["train"] is None and not recipe.get("tasks") and not ships
     verification = (VERIFY_FULL if images_needed else VERIFY_QUICK).format(entry=entry)
     card = ModelCard.from_template(
         data,
@@ -122,6 +124,8 @@ def _write(folder: Path, data: ModelCardData, recipe: dict[str, Any], numbers: s
 
 def _numbers(recipe: dict[str, Any], results: dict[str, Any]) -> str:
     """The recorded accuracies as a table: this checkpoint, every seed, the mean, the published number."""
+    if recipe.get("tasks"):
+        return "\n".join([*_task_numbers(recipe, results), "", _published(recipe)])
     what = "split" if recipe["data"]["name"] == "digits" else "seed"
     lines = [
         f"Accuracy in percent on the test part of {DATASETS.get(recipe['data']['name'], recipe['data']['name'])}, after the "
@@ -139,6 +143,28 @@ def _numbers(recipe: dict[str, Any], results: dict[str, Any]) -> str:
     return "\n".join([*lines, "", _published(recipe)])
 
 
+def _task_numbers(recipe: dict[str, Any], results: dict[str, Any]) -> list[str]:
+    """The accuracies of a few-shot learner as a table: every split with its interval, every seed."""
+    tasks, ways = recipe["tasks"], recipe["data"]["classes"]
+    lines = [
+        f"{ways}-way {tasks['shots']}-shot accuracy in percent on {DATASETS[recipe['data']['name']]}, with the 95 % interval "
+        "over tasks. The split is part of every number: rotated classes (each turned into four) are easier.",
+        "",
+        "| classes | accuracy | tasks |\n| --- | --- | --- |",
+    ]
+    for split, values in results["splits"].items():
+        found = TaskAccuracy(**values)
+        cells = f"{split.replace('_', ', ')} | {found.accuracy:.2f} ± {found.half_width:.2f}"
+        lines.append(f"| {'**this entry**: ' if split == results['split'] else ''}{cells} | {found.tasks:,} |")
+    if recipe["train"] is not None:
+        lines += ["", "| seed | accuracy | epoch kept | training time |\n| --- | --- | --- | --- |"]
+        for run in results["seeds"]:
+            lines.append(
+                f"| {run['seed']} | {run['accuracy']:.2f} | {run['best_epoch']['epoch']} | {run['train_seconds']:.1f} s |"
+            )
+    return [*lines, "", f"Measured on {results['hardware']}, {results['date']}."]
+
+
 def _published(recipe: dict[str, Any]) -> str:
     published = recipe["published"]
     if published is None:
@@ -151,12 +177,20 @@ def _training(recipe: dict[str, Any]) -> str:
     if train is None:
         model = {key: value for key, value in recipe["model"].items() if key != "kind"}
         settings = ", ".join(f"{key} {value:g}" for key, value in model.items())
+        if tasks := recipe.get("tasks"):
+            return f"Not trained: adapted to each task from zero, by a step of {tasks['step_size']:g} ({settings})."
         return f"Not trained: solved in float64 on all training images ({settings})."
     clip, schedule = train["clip"], train["schedule"]
     clipped = "" if clip["max_norm"] is None else f", gradients clipped at {clip['max_norm']:g}"
     stored = "rows" if recipe["model"]["kind"] == "infpi" else "weights"
+    epochs = f"{train['epochs']} epochs, batches of {train['batch_size']}"
+    if tasks := recipe.get("tasks"):
+        epochs = (
+            f"{train['epochs']} epochs of {train['steps_per_epoch']} outer steps on {train['batch_size']} tasks each "
+            f"({'first' if tasks['first_order'] else 'second'} order, inner steps of {tasks['step_size']:g})"
+        )
     return (
-        f"{train['epochs']} epochs, batches of {train['batch_size']}, SGD with learning rate {train['lr']:g}, "
+        f"{epochs}, SGD with learning rate {train['lr']:g}, "
         f"{schedule['name']} schedule{clipped}; {stored} in {train['dtype']}. `config.json` holds the whole recipe. "
         f"To run it again: `pizoo train {recipe['entry']}`."
     )

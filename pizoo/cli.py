@@ -48,11 +48,13 @@ def list_command(pattern: Annotated[str, typer.Argument(help="Glob pattern.")] =
     rows = []
     for entry in _entries([pattern]):
         config, results = zoo.config(entry), zoo.card(entry) / checkpoint.RESULTS
-        recorded = checkpoint.read_json(results)["accuracy"] if results.exists() else None
+        recorded = checkpoint.read_json(results) if results.exists() else {}
+        split = f" ({recorded['split']})" if "split" in recorded else ""
         timm_name = f"{config['architecture']}.{config['pretrained_cfg']['tag']}" if config["architecture"] else "–"
         published = config["recipe"]["published"]
         weights = "here" if zoo.has_weights(entry) else "none: train it"
-        rows.append((entry, timm_name, _percent(recorded), _percent(published and published["accuracy"]), weights))
+        accuracy = _percent(recorded.get("accuracy")) + split
+        rows.append((entry, timm_name, accuracy, _percent(published and published["accuracy"]), weights))
     _print_table(("entry", "timm name", "accuracy", "published", "weights"), rows)
 
 
@@ -83,25 +85,29 @@ def train(
         raise typer.Exit(130) from None
     results = result.results
     best = results.get("best_epoch")
+    if "splits" in results:
+        _print_splits(loaded.entry, results)
     row = (
         loaded.entry,
         _percent(results.get("accuracy")),
-        f"{_percent(best['accuracy'])} (epoch {best['epoch']})" if best and loaded.train else "–",
+        f"{_percent(best['accuracy'])} (epoch {best['epoch']}, {best['note']})" if best and loaded.train else "–",
         f"{results['train_seconds']:.1f} s",
         f"{results['peak_memory_bytes'] / 2**20:.0f} MiB",
     )
-    _print_table(("entry", "test accuracy", "best epoch (test-selected)", "training time", "peak memory"), [row])
+    measured_on = results.get("split", "test")
+    _print_table(("entry", f"{measured_on} accuracy", "best epoch", "training time", "peak memory"), [row])
     out.print(f"checkpoint and log: {folder}", markup=False, soft_wrap=True)
 
 
 def _print_plan(recipe: Any, data: Path | None, device: str | None) -> None:
     """What training a recipe would take, as a table."""
     from pizoo.evaluation.accuracy import choose_device
-    from pizoo.training.plan import plan
+    from pizoo.training.plan import plan, samples_per_epoch
 
     if recipe.train is None:
         raise ValueError(f"{recipe.entry} is solved, not trained: there is no training to plan")
-    planned = plan(recipe, len(recipe.data.load(data).train_x), choose_device(device), estimate_time=True)
+    samples = samples_per_epoch(recipe) if recipe.tasks else len(recipe.data.load(data).train_x)
+    planned = plan(recipe, samples, choose_device(device), estimate_time=True)
     row = (
         recipe.entry,
         f"{planned.steps:,}",
@@ -112,6 +118,22 @@ def _print_plan(recipe: Any, data: Path | None, device: str | None) -> None:
     )
     _print_table(("entry", "steps", "rows a layer", "memory needed", "free", "time"), [row])
     planned.check(recipe.entry)
+
+
+def _print_splits(entry: str, result: dict[str, Any]) -> None:
+    """Few-shot accuracy on every split, the entry's own number marked."""
+    from pizoo.evaluation.fewshot import TaskAccuracy
+
+    rows = []
+    for split, values in result["splits"].items():
+        found = TaskAccuracy(**values)
+        name = split + (" (the entry's number)" if split == result["split"] else "")
+        rows.append((entry, name, f"{found.tasks:,}", f"{_percent(found.accuracy)}{_plus_minus(found.half_width)}"))
+    _print_table(("entry", "classes", "tasks", "accuracy (95 %)"), rows)
+
+
+def _plus_minus(half_width: float | None) -> str:
+    return "" if half_width is None else f" ± {half_width:.2f}"
 
 
 def _duration(seconds: float) -> str:
@@ -127,11 +149,15 @@ def evaluate(
     data: Data = None,
     device: Device = None,
     epoch: Annotated[int | None, typer.Option(help="Epoch of a training checkpoint (the last).")] = None,
+    tasks: Annotated[int | None, typer.Option(min=1, help="Tasks of each split, for a few-shot learner.")] = None,
 ) -> None:
-    """Measure the test accuracy of an entry or a checkpoint."""
+    """Measure the test accuracy of an entry or a checkpoint; of a few-shot learner on four splits."""
     from pizoo.evaluation.entries import evaluate as run
 
-    result = run(entry, data_dir=data, device=device, epoch=epoch)
+    result = run(entry, data_dir=data, device=device, epoch=epoch, tasks=tasks)
+    if "splits" in result:
+        _print_splits(entry, result)
+        return
     row = (
         entry,
         f"{result['data']} test",
@@ -187,12 +213,16 @@ def verify(
             report = run(entry, data, device, quick)
         reports.append(report)
         probe = report.check == "probe"
-        mean = _percent(report.mean) + (f" ± {report.standard_error:.2f}" if report.standard_error is not None else "")
+        mean = _percent(report.mean) + _plus_minus(report.standard_error)
         row = (
             entry,
             {"verified": "[green]verified[/]", "mismatch": "[red]mismatch[/]"}.get(report.status, "[yellow]not run[/]"),
             "probe" if probe else _percent(report.recorded),
-            "–" if report.measured is None else f"off {report.measured:.0e}" if probe else _percent(report.measured),
+            "–"
+            if report.measured is None
+            else f"off {report.measured:.0e}"
+            if probe
+            else _percent(report.measured) + _plus_minus(report.half_width),
             mean,
             _percent(report.published),
             "–" if report.reproduction.startswith("no ") else report.reproduction,
@@ -202,6 +232,9 @@ def verify(
     columns = ("entry", "checkpoint", "recorded", "measured", "mean", "published", "our training", "time")
     _print_table(columns, rows)
     for report in reports:
+        if report.half_width is not None:
+            told = f"measured on {report.check}, ± the 95 % interval; mean over seeds of all recorded tasks"
+            out.print(f"{report.entry}: {told}", markup=False, soft_wrap=True)
         if report.reason:
             out.print(f"{report.entry}: {report.reason}", markup=False, soft_wrap=True)
     if json_file is not None:
@@ -241,7 +274,7 @@ def reproduce(
 
 
 @data_app.command("prepare")
-def data_prepare(name: Annotated[str, typer.Argument(help="cifar10")], data: Data = None) -> None:
+def data_prepare(name: Annotated[str, typer.Argument(help="cifar10 or omniglot")], data: Data = None) -> None:
     """Download a data set and write it into the data folder."""
     from pizoo.data import prepare
 

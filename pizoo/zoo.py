@@ -22,7 +22,7 @@ from torch import nn
 from pizoo import checkpoint
 from pizoo.checkpoint import CheckpointError
 from pizoo.data import ASSETS, Normalize, dataset_path, load_dataset
-from pizoo.models import KernelRegressor, PiNet
+from pizoo.models import KernelLearner, KernelRegressor, PiNet
 
 log = logging.getLogger("pizoo")
 
@@ -101,7 +101,7 @@ def load(
     dtype: torch.dtype | None = None,
     revision: str | None = None,
     epoch: int | None = None,
-) -> PiNet | KernelRegressor:
+) -> PiNet | KernelRegressor | KernelLearner:
     """Load an entry of the zoo, or a checkpoint from a folder.
 
     Args:
@@ -110,7 +110,7 @@ def load(
         device: where to; None: the CPU.
         dtype: of parameters and rows; None: float32, rows as stored.
         revision: of a repository that keeps revisions; cards and folders on this machine have one state: None.
-        epoch: of a training checkpoint, the epoch to load; None: the last.
+        epoch: of a training checkpoint, the epoch to load; None: the one its training chose, else the last.
 
     Returns:
         the net in eval mode. ``config`` is its ``config.json``. A kernel regressor needs its training images before it

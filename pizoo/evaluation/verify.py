@@ -15,6 +15,7 @@ from pizoo.checkpoint import CheckpointError
 from pizoo.data import DataNotFoundError
 from pizoo.evaluation.accuracy import accuracy, choose_device, predict
 from pizoo.evaluation.entries import attach_training_images
+from pizoo.evaluation.fewshot import adapter, remeasure
 from pizoo.models import KernelRegressor
 
 # Logits of the probe may differ between devices and libraries by rounding, float16 rows included.
@@ -37,18 +38,19 @@ class VerifyReport:
         entry: its name.
         status: is the checkpoint what it claims? ``measured`` against ``recorded``.
         reason: why not, or why it was not run; empty when verified.
-        check: "test accuracy" or "probe".
+        check: "test accuracy", "probe", or how many tasks of which split.
         recorded, measured: accuracy in percent; for the probe 0 and the relative error of its logits.
         reproduction: does our training reproduce the paper? ``mean`` against ``published``.
         mean, standard_error, seeds: recorded accuracy over seeds.
         published: the paper's accuracy in percent, if it gives one.
         seconds: how long it took.
+        half_width: of the 95 % confidence interval of ``measured``, in points, where tasks are drawn.
     """
 
     entry: str
     status: Status
     reason: str
-    check: Literal["test accuracy", "probe"]
+    check: str
     recorded: float | None
     measured: float | None
     reproduction: Reproduction
@@ -57,6 +59,7 @@ class VerifyReport:
     seeds: int
     published: float | None
     seconds: float
+    half_width: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -86,7 +89,7 @@ def verify(
     begin = time.perf_counter()
     folder = zoo.folder_of(entry)
     device = choose_device(device)
-    status, reason, recorded, measured = "not run", "", None, None
+    status, reason, recorded, measured, interval = "not run", "", None, None, []
     results: dict[str, Any] = {}
     config: dict[str, Any] = {}
     try:
@@ -95,8 +98,8 @@ def verify(
             raise zoo.WeightsNotFoundError(f"{folder} records no results yet")
         results = checkpoint.read_json(folder / checkpoint.RESULTS)
         model = zoo.load(entry, device=device)
-        check = _probe if quick else _test_accuracy
-        status, reason, recorded, measured = check(folder, model, config, results, data_dir)
+        check = _probe if quick else _task_accuracy if config["recipe"].get("tasks") else _test_accuracy
+        status, reason, recorded, measured, *interval = check(folder, model, config, results, data_dir)
     except (_NotRun, DataNotFoundError, zoo.WeightsNotFoundError) as error:
         reason = str(error)
     except (CheckpointError, ValueError) as error:  # ValueError: other training images, logits that are not finite
@@ -108,7 +111,7 @@ def verify(
         entry=str(entry),
         status=status,
         reason=reason,
-        check="probe" if quick else "test accuracy",
+        check="probe" if quick else _checked(results),
         recorded=recorded,
         measured=measured,
         reproduction=_reproduction(mean, published, tolerance),
@@ -117,7 +120,14 @@ def verify(
         seeds=len(results.get("seeds", [])) or int("accuracy" in results),
         published=published,
         seconds=time.perf_counter() - begin,
+        half_width=next(iter(interval), None),
     )
+
+
+def _checked(results: dict[str, Any]) -> str:
+    """What the recorded number is of, without ``quick``."""
+    tasks = results.get("verification")
+    return f"{tasks['tasks']:,} tasks of {results['split']}" if tasks else "test accuracy"
 
 
 def _test_accuracy(folder: Path, model, config, results, data_dir) -> tuple[Status, str, float, float]:
@@ -130,10 +140,20 @@ def _test_accuracy(folder: Path, model, config, results, data_dir) -> tuple[Stat
         raise _NotRun(f"{folder} records no accuracy, or data set {dataset.name!r} has no test part to measure it on")
     attach_training_images(model, dataset.train_x, normalize)
     measured = accuracy(predict(model, dataset.test_x, normalize), dataset.test_y)
+    return *_compare(measured, recorded, tolerance), recorded, measured
+
+
+def _task_accuracy(folder: Path, model, config, results, data_dir) -> tuple[Status, str, float, float, float | None]:
+    recorded, found = remeasure(model, config, results, data_dir)
+    status, reason = _compare(found.accuracy, recorded, config["recipe"]["tolerance"]["verify"])
+    return status, reason, recorded, found.accuracy, found.half_width
+
+
+def _compare(measured: float, recorded: float, tolerance: float) -> tuple[Status, str]:
     if abs(measured - recorded) <= tolerance:
-        return "verified", "", recorded, measured
+        return "verified", ""
     reason = f"measured {measured:.2f} %, recorded {recorded:.2f} %: further apart than {tolerance} points"
-    return "mismatch", reason, recorded, measured
+    return "mismatch", reason
 
 
 def _probe(folder: Path, model, config, results, data_dir) -> tuple[Status, str, float, float | None]:
@@ -145,9 +165,13 @@ def _probe(folder: Path, model, config, results, data_dir) -> tuple[Status, str,
     if checkpoint.PROBE not in config["pizoo"]["files"]:
         raise _NotRun(f"{folder} has no probe, only shipped nets do: verify it without --quick")
     probe = checkpoint.read_tensors(folder / checkpoint.PROBE, config["pizoo"]["files"][checkpoint.PROBE])
-    anchor = next(iter((*model.parameters(), *model.buffers())))
     with torch.no_grad():
-        logits = model(probe["x"].to(anchor.device, anchor.dtype)).cpu().double()
+        if "support_x" in probe:
+            predictor = adapter(model, config["recipe"]["tasks"])(probe["support_x"], probe["support_y"])
+            logits = predictor(probe["x"]).cpu().double()
+        else:
+            anchor = next(iter((*model.parameters(), *model.buffers())))
+            logits = model(probe["x"].to(anchor.device, anchor.dtype)).cpu().double()
     stored = probe["logits"].double()
     error = ((logits - stored).norm() / stored.norm()).item()
     if error <= PROBE_TOLERANCE:

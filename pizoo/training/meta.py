@@ -143,6 +143,7 @@ def measure_kernel(
             return TrainResult(checkpoint.load(folder, device=device)[0], recipe, folder, results["history"], results)
     record = {"epoch": 0, "train_seconds": 0.0}
     results = task_training_results(recipe, [record], dataset, model, device)
+    results["best_epoch"] = {"epoch": 0, "accuracy": results["splits"][SELECTED]["accuracy"], "note": f"on {SELECTED}"}
     if folder is not None:
         tasks = recipe.tasks.model_dump()
         save_with_task_probe(folder, model, recipe.config(class_names(recipe)), dataset["test"], tasks)
@@ -158,10 +159,18 @@ def task_training_results(
     device: torch.device,
 ) -> dict[str, Any]:
     """What a finished few-shot training records; see :func:`pizoo.evaluation.fewshot.measure_splits`."""
-    return {
-        **training_results(recipe, history, device),
-        **measure_splits(model, pools, recipe.tasks.model_dump()),
-    }
+    results = training_results(recipe, history, device)
+    results["data"]["part"] = recipe.tasks.headline
+    return {**results, **measure_splits(model, pools, recipe.tasks.model_dump())}
+
+
+def ship(outcome: TrainResult, card: Path, pools: dict[str, TaskPool]) -> dict[str, Any]:
+    """Write the net of ``outcome`` into its card, and measure what a user will load from there on every split."""
+    recipe = outcome.recipe
+    tasks = recipe.tasks.model_dump()
+    save_with_task_probe(card, outcome.model, recipe.config(class_names(recipe)), pools["test"], tasks)
+    device = next((tensor.device for tensor in outcome.model.state_dict().values()), None)
+    return measure_splits(checkpoint.load(card, device=device)[0], pools, tasks)
 
 
 def class_names(recipe: Recipe) -> list[str]:

@@ -14,6 +14,7 @@ from pizoo.cards import write_card
 from pizoo.evaluation.accuracy import accuracy, predict, standard_error
 from pizoo.evaluation.entries import attach_training_images
 from pizoo.recipes import Recipe
+from pizoo.training import meta
 from pizoo.training.supervised import TrainResult, train
 
 
@@ -55,9 +56,13 @@ def reproduce(
             }
         )
     accuracies = [run["accuracy"] for run in trained]
+    if recipe.tasks is None:
+        measured = {"accuracy": _ship(shipped, Path(card), data_dir)}
+    else:
+        measured = meta.ship(shipped, Path(card), recipe.data.load_tasks(data_dir))
     results = {
         **shipped.results,
-        "accuracy": _ship(shipped, Path(card), data_dir),
+        **measured,
         "shipped_seed": seeds[0],
         "seeds": trained,
         "mean_accuracy": sum(accuracies) / len(accuracies),
