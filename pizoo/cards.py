@@ -154,8 +154,9 @@ def _task_numbers(recipe: dict[str, Any], results: dict[str, Any]) -> list[str]:
     ]
     for split, values in results["splits"].items():
         found = TaskAccuracy(**values)
-        cells = f"{split.replace('_', ', ')} | {found.accuracy:.2f} ± {found.half_width:.2f}"
-        lines.append(f"| {'**this entry**: ' if split == results['split'] else ''}{cells} | {found.tasks:,} |")
+        bold = "**" if split == results["split"] else ""  # the entry's own number
+        number = f"{bold}{found.accuracy:.2f}{bold} ± {found.half_width:.2f}"
+        lines.append(f"| {bold}{split.replace('_', ', ')}{bold} | {number} | {found.tasks:,} |")
     if recipe["train"] is not None:
         lines += ["", "| seed | accuracy | epoch kept | training time |\n| --- | --- | --- | --- |"]
         for run in results["seeds"]:

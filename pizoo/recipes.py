@@ -373,10 +373,13 @@ class Recipe(_Part):
                 raise ValueError(
                     f"{key}: found {_show(value)}; must be left out {'without' if supervised else 'with'} tasks"
                 )
-        if (self.data.name == "omniglot" and self.data.path is None) == supervised:
+        omniglot = self.data.name == "omniglot" and self.data.path is None
+        if supervised and omniglot:
+            raise ValueError("tasks: missing; must be given for omniglot, which has tasks and no training images")
+        if not supervised and not omniglot:
+            where = "" if self.data.path is None else " with a path"
             raise ValueError(
-                f"tasks: {'missing; must be given' if supervised else 'found; must be left out'} for the data set "
-                f"{self.data.name!r}: tasks are drawn from omniglot"
+                f"data.name: found {self.data.name!r}{where}; must be 'omniglot' without a path, for tasks"
             )
         if self.train and not supervised and self.train.loss != "cross_entropy":
             raise ValueError(f"train.loss: found {self.train.loss!r}; must be 'cross_entropy' with tasks")
