@@ -148,7 +148,9 @@ def evaluate(
     entry: Annotated[str, typer.Argument(help="An entry's name, or the folder of a checkpoint.")],
     data: Data = None,
     device: Device = None,
-    epoch: Annotated[int | None, typer.Option(help="Epoch of a training checkpoint (the last).")] = None,
+    epoch: Annotated[
+        int | None, typer.Option(help="Epoch of a training checkpoint (the one it chose, else the last).")
+    ] = None,
     tasks: Annotated[int | None, typer.Option(min=1, help="Tasks of each split, for a few-shot learner.")] = None,
 ) -> None:
     """Measure the test accuracy of an entry or a checkpoint; of a few-shot learner on four splits."""

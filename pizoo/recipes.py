@@ -381,6 +381,11 @@ class Recipe(_Part):
             raise ValueError(
                 f"data.name: found {self.data.name!r}{where}; must be 'omniglot' without a path, for tasks"
             )
+        for key, plain in (("scale", 255.0), ("mean", None), ("subset", None)):
+            if not supervised and (found := getattr(self.data, key)) != plain:
+                raise ValueError(
+                    f"data.{key}: found {_show(found)}; must be left out with tasks, whose pixels lie in [0, 1]"
+                )
         if self.train and not supervised and self.train.loss != "cross_entropy":
             raise ValueError(f"train.loss: found {self.train.loss!r}; must be 'cross_entropy' with tasks")
         return self

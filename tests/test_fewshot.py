@@ -133,6 +133,30 @@ def test_an_outer_step_is_the_sum_over_its_tasks_whatever_their_order(kind: str,
     assert not torch.allclose(moved[0][0], model(probe))
 
 
+@pytest.mark.parametrize("layers", ["readout", "all"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_short_floats_lose_digits_not_the_gradient(kind: str, layers: str) -> None:
+    """bfloat16 rows or weights, as the zoo's nets have float16 ones on a GPU: inner steps are float32 all the same."""
+    exact, batch = net(kind, last_bias_alpha=0), tasks()
+    short = copy.deepcopy(exact)
+    if kind == "infpi":
+        short.float()
+        for layer in short.growing_layers.values():
+            layer.to_rows_dtype(torch.bfloat16)
+    else:
+        short.to(torch.bfloat16)
+    losses = []
+    for model in (exact, short):
+        dtype = next(model.parameters()).dtype
+        loss = meta_loss(model, batch.to(dtype), 0.3, first_order=layers == "all", layers=layers)
+        loss.backward()
+        losses.append(loss.item())
+    assert losses[1] == pytest.approx(losses[0], rel=0.02)
+    parameter = "input.A" if kind == "infpi" else "layers.0.weight"
+    gradients = [dict(model.named_parameters())[parameter].grad.double().flatten() for model in (exact, short)]
+    assert nn.functional.cosine_similarity(*gradients, dim=0) > 0.99
+
+
 def test_a_read_out_with_multiplier_zero_stays_and_does_not_count_in_clipping() -> None:
     model, batch = net("infpi", last_bias_alpha=0), tasks()
     optimizer = PiSGD(param_groups(model, 1.0, last_layer_lr_mult=0.0), 1.0)

@@ -13,7 +13,7 @@ from torch import nn
 import pizoo
 from pizoo import checkpoint
 from pizoo.checkpoint import CheckpointError
-from pizoo.data import TaskPool, frozen_uniform, load_tasks, omniglot
+from pizoo.data import TaskPool, frozen_uniform, load_dataset, load_tasks, omniglot
 from pizoo.evaluation import fewshot
 from pizoo.evaluation.entries import classify
 from pizoo.evaluation.fewshot import SPLITS, adapter, measure_splits, split_pool, task_accuracies
@@ -251,6 +251,13 @@ def test_what_cannot_be_trained_is_refused_before_anything_is_written(case, pool
     assert not (tmp_path / "run").exists()
 
 
+def test_data_of_the_other_kind_are_refused(pools):
+    with pytest.raises(TypeError, match="dataset is a Dataset; for omniglot_mu it must be a dict"):
+        train(small("mu"), load_dataset("digits"))
+    with pytest.raises(TypeError, match="dataset is a dict; for digits_mu it must be a Dataset"):
+        train(load_recipe("digits_mu"), pools)
+
+
 def test_there_is_no_engine_for_tasks_yet(pools):
     with pytest.raises(RecipeError, match="the engine cannot train this recipe: it trains on tasks"):
         train(small("mu"), pools, engine=True)
@@ -375,36 +382,22 @@ def test_tasks_asked_of_a_net_without_tasks_are_refused():
         pizoo.evaluate("digits_mu", tasks=5)
 
 
-def test_the_command_line_trains_evaluates_and_verifies_learners(data_dir, tmp_path, monkeypatch, capsys):
-    from pizoo import cli
-
+def test_the_command_line_trains_evaluates_and_verifies_learners(data_dir, tmp_path, monkeypatch, pizoo_command):
     monkeypatch.chdir(tmp_path)
-
-    def run(*arguments: object) -> tuple[int, str]:
-        monkeypatch.setattr("sys.argv", ["pizoo", *map(str, arguments)])
-        try:
-            cli.main()
-            code = 0
-        except SystemExit as stop:
-            code = stop.code or 0
-        captured = capsys.readouterr()
-        return code, captured.out + captured.err
-
     sets = [part for setting in (*SETTINGS, *SMALL["mu"]) for part in ("--set", setting)]
-    code, shown = run("train", "omniglot_mu", *sets, "--data", data_dir, "--device", "cpu")
-    assert code == 0, shown
+    done = pizoo_command("train", "omniglot_mu", *sets, "--data", data_dir, "--device", "cpu")
+    assert done.code == 0, done.err
     results = json.loads((tmp_path / "runs/omniglot_mu/results.json").read_text())
     for split, values in results["splits"].items():
-        assert split in shown and f"{values['accuracy']:.2f} ± {1.96 * values['standard_error']:.2f}" in shown
-    assert "test accuracy" in shown and "on validation_rotated" in shown
-    code, shown = run("evaluate", "runs/omniglot_mu", "--data", data_dir, "--tasks", 10)
-    assert code == 0 and shown.count("10") >= 4 and "test_rotated" in shown
-    code, shown = run("verify", "runs/omniglot_mu", "--data", data_dir)
-    assert code == 0 and "measured on 30 tasks of test" in shown, shown
-    code, shown = run(
-        "train", "omniglot_infpi", "--dry-run", "--set", "model.r=16", "--set", "train.steps_per_epoch=10"
-    )
-    assert code == 0 and f"{16 + 50 * 10 * 80:,}" in shown, shown
+        assert split in done.out and f"{values['accuracy']:.2f} ± {1.96 * values['standard_error']:.2f}" in done.out
+    assert "test accuracy" in done.out and "on validation_rotated" in done.out
+    done = pizoo_command("evaluate", "runs/omniglot_mu", "--data", data_dir, "--tasks", 10)
+    assert done.code == 0 and done.out.count(" 10 ") == 4 and "test_rotated" in done.out
+    done = pizoo_command("verify", "runs/omniglot_mu", "--data", data_dir)
+    assert done.code == 0 and "measured on 30 tasks of test" in done.out
+    longer = ("--set", "model.r=16", "--set", "train.epochs=50", "--set", "train.steps_per_epoch=10")
+    done = pizoo_command("train", "omniglot_infpi", "--dry-run", *longer)
+    assert done.code == 0 and f"{16 + 50 * 10 * 80:,}" in done.out
 
 
 def test_pools_of_the_file_are_what_training_takes(data_dir):

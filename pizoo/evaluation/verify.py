@@ -144,6 +144,8 @@ def _test_accuracy(folder: Path, model, config, results, data_dir) -> tuple[Stat
 
 
 def _task_accuracy(folder: Path, model, config, results, data_dir) -> tuple[Status, str, float, float, float | None]:
+    if "verification" not in results:
+        raise _NotRun(f"{folder} records no accuracy on tasks")
     recorded, found = remeasure(model, config, results, data_dir)
     status, reason = _compare(found.accuracy, recorded, config["recipe"]["tolerance"]["verify"])
     return status, reason, recorded, found.accuracy, found.half_width

@@ -101,6 +101,8 @@ def train(
         training, solve = MetaTraining, measure_kernel
     if dataset is None:
         dataset = recipe.data.load(data_dir) if recipe.tasks is None else recipe.data.load_tasks(data_dir)
+    if not isinstance(dataset, wanted := Dataset if recipe.tasks is None else dict):
+        raise TypeError(f"dataset is a {type(dataset).__name__}; for {recipe.entry} it must be a {wanted.__name__}")
     training.check_data(recipe, dataset)
     folder = Path(out) if out is not None else None
     if folder is not None:
