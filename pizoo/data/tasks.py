@@ -12,6 +12,7 @@ from pizoo.data.dataset import TASKS, TEST_TASKS, random_state
 
 Uniform = Callable[[tuple[int, ...]], Tensor]
 ROTATIONS = 4
+INK = 1 / 255
 
 
 @dataclass(frozen=True)
@@ -135,7 +136,7 @@ class TaskPool:
         chosen = uniform((count, ways, drawings)).topk(shots + queries, dim=2).indices
         x = self.images[classes[..., None], chosen].flatten(3).float()
         if self.images.dtype == torch.uint8:
-            x = x / 255
+            x = x * INK  # a product is the same to the bit on every device; a quotient is not
         labels = torch.arange(ways, device=x.device)[:, None]
         parts = []
         for part, n in zip(x.split([shots, queries], 2), (shots, queries), strict=True):
