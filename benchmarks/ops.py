@@ -26,7 +26,7 @@ from pizoo.functional import unit
 
 RANK, BATCH, FEW_SHOT_BATCH, COLUMNS = 400, 8, 80, {"hidden": 400, "readout": 10}
 CUDA = torch.device("cuda")
-STEP = (("hidden", "forward"), ("readout", "forward"), ("readout", "backward"), ("hidden", "backward"))
+STEP = (("hidden", "forward"), ("readout", "jacobian"), ("hidden", "backward"))
 
 
 def random_layer(M: int, columns: int) -> tuple[Tensor, Tensor, Tensor]:

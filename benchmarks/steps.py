@@ -1,4 +1,4 @@
-"""Time per training step of the CIFAR-10 nets, everything included, against the number of rows M.
+"""Time per training step of the CIFAR-10 nets, everything included, and of testing, against the number of rows M.
 
     python benchmarks/steps.py [--rows 50000 250000 1000000 2500000] [--steps 200] [--json FILE] [--png FILE]
 
@@ -15,6 +15,7 @@ import torch
 from ops import copy_bandwidth
 
 from pizoo.data import Dataset
+from pizoo.evaluation.accuracy import predict
 from pizoo.recipes import load_recipe
 from pizoo.training.supervised import _Training
 
@@ -64,6 +65,16 @@ def time_steps(run: _Training, steps: int) -> tuple[float, float]:
     return events[0].elapsed_time(events[1]) / steps, setup
 
 
+def time_test(run: _Training, images: int = 10_000) -> float:
+    """Seconds from raw images in host memory to their logits there; the second time of two."""
+    x = torch.randint(0, 256, (images, 3, 32, 32), dtype=torch.uint8)
+    for _ in range(2):
+        begin = time.perf_counter()
+        predict(run.model, x, run.recipe.data.normalize)
+        seconds = time.perf_counter() - begin
+    return seconds
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, nargs="+", default=list(PAPER_MS))
@@ -85,6 +96,8 @@ def main() -> None:
         fill(run, rows)
         torch.cuda.reset_peak_memory_stats()
         ms, setup = time_steps(run, args.steps)
+        peak = torch.cuda.max_memory_allocated()
+        test = time_test(run)
         limit = 1e3 * rows * BYTES_PER_ROW / bandwidth
         row = {
             "entry": "cifar10_infpi",
@@ -93,8 +106,13 @@ def main() -> None:
             "two_pass_limit_ms": limit,
             "paper_ms": PAPER_MS.get(rows),
         }
-        result["steps"].append({**row, "setup_s": setup, "peak_bytes": torch.cuda.max_memory_allocated()})
-        print(f"cifar10_infpi M={rows:>9,}  {ms:.3f} ms  two-pass limit {limit:.3f}  setup {setup:.1f} s", flush=True)
+        row |= {"share_of_copy_bandwidth": limit / ms, "test_of_10000_images_s": test}
+        result["steps"].append({**row, "setup_s": setup, "peak_bytes": peak})
+        print(
+            f"cifar10_infpi M={rows:>9,}  {ms:.3f} ms  two-pass limit {limit:.3f}  10,000 images {test:.2f} s  "
+            f"setup {setup:.1f} s",
+            flush=True,
+        )
         del run
         torch.cuda.empty_cache()
     for entry in ("cifar10_finpi", "cifar10_mu"):

@@ -6,6 +6,7 @@ A shipped net::
     model.safetensors   its state
     probe.safetensors   a few dozen inputs with the net's logits: checks the weights in a second, without a data set
     results.json        the recorded numbers
+    correct.safetensors which test images were classified correctly, by the shipped net and by every seed's
 
 A net while it trains (and after: any epoch can be loaded)::
 
@@ -25,10 +26,11 @@ import hashlib
 import json
 import os
 import tempfile
+import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -37,19 +39,24 @@ from torch import Tensor, nn
 
 from pizoo import models
 from pizoo.data import Dataset
-from pizoo.models.base import persistent_tensors
-from pizoo.rows import Rows
+from pizoo.memory import HEADROOM, NotEnoughMemory, free_memory, is_out_of_memory
+from pizoo.models.base import check_state, persistent_tensors
+from pizoo.rows import Rows, check_place
 
 FORMAT = 1
 PROBE_INPUTS = 32
-CONFIG, MANIFEST, MODEL, PROBE, RESULTS = (
+CONFIG, MANIFEST, MODEL, PROBE, RESULTS, CORRECT = (
     "config.json",
     "checkpoint.json",
     "model.safetensors",
     "probe.safetensors",
     "results.json",
+    "correct.safetensors",
 )
+SHIPPED = "shipped"  # in CORRECT: the shipped net, beside those of the seeds
 LOCK = "train.lock"
+CPU = torch.device("cpu")
+READ_BYTES = 1 << 26  # of rows at once, from a file into the storage reserved for them
 NETWORKS = {cls.__name__: cls for cls in (models.InfPiMLP, models.FinPiMLP, models.MuMLP)}
 KERNELS = {
     cls.__name__: cls for cls in (models.NNGPRegressor, models.NTKRegressor, models.NNGPLearner, models.NTKLearner)
@@ -119,15 +126,22 @@ def read_json(path: Path) -> Any:
         raise CheckpointError(f"{path} is not valid JSON ({error}): it is damaged") from None
 
 
-def read_tensors(path: Path, digest: str | None = None) -> dict[str, Tensor]:
-    """Read a safetensors file.
+def read_tensors(path: Path, digest: str | None = None, leave: Callable[[str], bool] = lambda name: False):
+    """Read a safetensors file: its tensors by name.
 
     Args:
         digest: the SHA-256 it must have; None: not checked.
+        leave: which tensors to leave in the file.
 
     Raises:
         CheckpointError: no such file, a Git LFS pointer in its place, another digest, not safetensors.
     """
+    with opened(check_file(path, digest)) as file:
+        return {name: file.get_tensor(name) for name in file.keys() if not leave(name)}  # noqa: SIM118 (not a dict)
+
+
+def check_file(path: Path, digest: str | None = None) -> Path:
+    """The path; CheckpointError unless the file is there, itself and not a pointer, with this SHA-256 (None: any)."""
     if not path.is_file():
         raise CheckpointError(f"{path} is missing; the checkpoint cannot be loaded without it")
     with open(path, "rb") as file:
@@ -137,9 +151,15 @@ def read_tensors(path: Path, digest: str | None = None) -> dict[str, Tensor]:
         raise CheckpointError(
             f"{path} has SHA-256 {found[:16]}…, recorded was {digest[:16]}…: it is damaged or another file"
         )
+    return path
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[Any]:
+    """A safetensors file to read from; CheckpointError if it is none, or lacks what is asked for."""
     try:
         with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+            yield file
     except SafetensorError as error:
         raise CheckpointError(
             f"{path} is not a readable safetensors file ({error}): it is truncated or damaged"
@@ -215,19 +235,15 @@ def save(
     folder: Path,
     model: nn.Module,
     config: Mapping[str, Any],
-    probe_x: Tensor,
-    probe_logits: Tensor,
-    probe_support: tuple[Tensor, Tensor] | None = None,
+    probe: Mapping[str, Tensor],
 ) -> None:
     """Write a shipped checkpoint: weights, probe, and ``config`` completed by what builds and checks the net.
 
     Args:
-        probe_x, probe_logits: inputs as the net takes them [n, ...] and its logits [n, classes].
-        probe_support: of a net that learns tasks: samples and labels to which it is adapted before it gives these logits.
+        probe: ``x``, inputs as the net takes them [n, ...], and ``logits`` [n, classes], its own there. Of a kernel regressor
+            also ``train_x``, the first of its training inputs [m, ...]: the logits are what these contribute. Of what learns
+            tasks also ``support_x`` and ``support_y``, to which it is adapted first.
     """
-    probe = {"x": probe_x, "logits": probe_logits}
-    if probe_support is not None:
-        probe["support_x"], probe["support_y"] = probe_support
     folder.mkdir(parents=True, exist_ok=True)
     # A disk that fills up leaves an older checkpoint whole; a kill between the renames leaves digests that do not fit.
     with tempfile.TemporaryDirectory(prefix=".saving-", dir=folder) as scratch:
@@ -246,11 +262,35 @@ def save(
 def save_with_probe(
     folder: Path, model: nn.Module, config: Mapping[str, Any], dataset: Dataset, normalize: Callable[..., Tensor]
 ) -> None:
-    """:func:`save` with the first inputs of the data set's test part (its training part if it has none) as the probe."""
+    """:func:`save` with the first inputs of the data set's test part (its training part if it has none) as the probe.
+
+    A kernel regressor's probe holds the first training inputs as well: with them it checks the kernel and their dual
+    coefficients where the training inputs are not at hand.
+    """
     x = dataset.train_x if dataset.test_x is None else dataset.test_x
     anchor = next(iter((*model.parameters(), *model.buffers())))
-    probe = normalize(x[:PROBE_INPUTS].to(anchor.device), anchor.dtype)
-    save(folder, model, config, probe, model.eval()(probe))
+    dtype = (
+        torch.float32 if anchor.dtype == torch.float64 else anchor.dtype
+    )  # float64 would double the file for nothing
+    probe = {"x": normalize(x[:PROBE_INPUTS].to(anchor.device), dtype)}
+    if isinstance(model, models.KernelRegressor):
+        probe["train_x"] = normalize(dataset.train_x[:PROBE_INPUTS].to(anchor.device), dtype)
+    save(folder, model, config, {**probe, "logits": probe_logits(model.eval(), **probe)})
+
+
+@torch.no_grad()
+def probe_logits(model: nn.Module, x: Tensor, train_x: Tensor | None = None) -> Tensor:
+    """What a net gives for a probe: the logits of x [n, ...], or of a kernel regressor what ``train_x`` contributes."""
+    anchor = next(iter((*model.parameters(), *model.buffers())))
+    x = x.to(anchor.device, anchor.dtype)
+    if train_x is None:
+        return model(x)
+    return model.scores(x.flatten(1), train_x.to(anchor.device, anchor.dtype).flatten(1))
+
+
+def seed_key(seed: int) -> str:
+    """What a seed's net is called in CORRECT, and the folder of its training among those of other seeds."""
+    return f"seed-{seed}"
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -280,32 +320,142 @@ def _check_format(path: Path, found: Any, *keys: str) -> None:
 
 
 def load(
-    folder: Path, epoch: int | None = None, device=None, dtype: torch.dtype | None = None
+    folder: Path, epoch: int | None = None, device=None, dtype: torch.dtype | None = None, rows_on: str = "auto"
 ) -> tuple[nn.Module, dict[str, Any]]:
     """Load a net and its ``config.json`` from a shipped or a training checkpoint.
 
     Args:
         epoch: of a training checkpoint, the epoch to load; None: the one its training chose, else the last.
         dtype: None: float32, rows as stored.
+        rows_on: where rows of growing layers are kept: "device", "host" (they stream from there), or "auto": on the host
+            where the device, a GPU, has no room for them.
 
     Raises:
         CheckpointError: anything missing, damaged, or of another architecture than its config says.
+        NotEnoughMemory: rows that, with "auto", fit nowhere.
+        ValueError: another ``rows_on``.
     """
+    check_place(rows_on, "auto")
     folder = Path(folder)
     config = read_config(folder)
+    model = build(config["pizoo"], device, dtype)
+    layers = growing_layers(model)
     if (folder / MANIFEST).exists() and (epoch is not None or not (folder / MODEL).exists()):
         chosen = read_manifest(folder).get("chosen")
-        state = read_epoch(folder, chosen if epoch is None else epoch).model_state
+        state = read_epoch(folder, chosen if epoch is None else epoch).state
     elif epoch is not None:
         raise CheckpointError(f"{folder} holds one net, not epochs: epoch={epoch} cannot be loaded from it")
     else:
-        state = read_tensors(folder / MODEL, config["pizoo"]["files"].get(MODEL))
-    model = build(config["pizoo"], device, dtype)
+        state = _read_shipped(folder / MODEL, config["pizoo"]["files"].get(MODEL), layers)
+    if rows_on == "auto":
+        rows_on = _roomy_place(layers, state, str(folder))
+    for layer in layers.values():
+        layer.keep_rows_on(rows_on)
     try:
-        model.load_state_dict(state)
+        state.fill(model)
     except RuntimeError as error:
+        if is_out_of_memory(error):
+            raise
         raise CheckpointError(f"{folder} does not hold what its {CONFIG} says: {error}") from None
     return model.eval(), config
+
+
+class State(NamedTuple):
+    """A net's state as it lies in files. Rows, where nearly all of it is, are read when they are put into a net.
+
+    Attributes:
+        tensors: all of ``state_dict`` but growing layers' ``A``, ``B`` and ``amult``.
+        stored: name of a growing layer -> (amult as stored, decay).
+        segments: files that hold ``A`` and ``B`` of rows, one after the other.
+    """
+
+    tensors: dict[str, Tensor]
+    stored: dict[str, tuple[Tensor, float]]
+    segments: list[Path]
+
+    @torch.no_grad()
+    def fill(self, model: nn.Module) -> None:
+        """Put it into ``model``, to the bit. Rows go straight into the layers' storage: room reserved there is kept.
+
+        Raises:
+            RuntimeError: a state of another net; the model is left as it was.
+            CheckpointError: a segment that cannot be read.
+        """
+        if not self.stored:
+            model.load_state_dict(self.tensors)
+            return
+        amults = {f"{name}.amult": amult for name, (amult, _) in self.stored.items()}
+        check_state(model, self.tensors | amults | self._row_shapes())
+        model.load_state_dict(self.tensors, strict=False)
+        layers = growing_layers(model)
+        for name, layer in layers.items():
+            layer.reserve(len(self.stored[name][0]))
+        held = dict.fromkeys(layers, 0)
+        for path in self.segments:
+            with opened(path) as file:
+                names = set(file.keys())
+                for name, layer in layers.items():
+                    if f"{name}.A" in names:
+                        held[name] += _read_rows(file, name, layer, held[name])
+        for name, layer in layers.items():
+            amult, decay = self.stored[name]
+            layer.storages[2][: len(amult)] = amult
+            layer.grown(len(amult), decay)
+
+    def _row_shapes(self) -> dict[str, Tensor]:
+        """``A`` and ``B`` of all layers, their segments joined, without their values."""
+        parts: dict[str, list[Tensor]] = {}
+        for path in self.segments:
+            with opened(path) as file:
+                for layer in self.stored:
+                    for name in {f"{layer}.A", f"{layer}.B"}.intersection(file.keys()):
+                        parts.setdefault(name, []).append(torch.empty(file.get_slice(name).get_shape(), device="meta"))
+        return {name: torch.cat(shapes) for name, shapes in parts.items()}
+
+
+def _read_rows(file: Any, name: str, layer: Rows, first: int) -> int:
+    """Read a segment's rows of a layer into its storage, from row ``first`` on; returns how many there are."""
+    for part, storage in zip(("A", "B"), layer.storages, strict=False):
+        piece = file.get_slice(f"{name}.{part}")
+        count, at_once = piece.get_shape()[0], max(1, READ_BYTES // (storage.shape[1] * storage.element_size()))
+        for start in range(0, count, at_once):
+            stop = min(start + at_once, count)
+            storage[first + start : first + stop] = piece[start:stop]
+    return count
+
+
+def _read_shipped(path: Path, digest: str | None, layers: Mapping[str, Rows]) -> State:
+    """The state in a shipped net's one file."""
+    parts = {f"{name}.{part}" for name in layers for part in ("A", "B")}
+    tensors = read_tensors(path, digest, leave=parts.__contains__)
+    amults = {name: tensors.pop(f"{name}.amult") for name in layers if f"{name}.amult" in tensors}
+    return State(tensors, {name: (amult, 1.0) for name, amult in amults.items()}, [path] if layers else [])
+
+
+def _roomy_place(layers: Mapping[str, Rows], state: State, name: str) -> str:
+    """Where there is room for the rows of ``state``: "device", or, with a warning, "host"; NotEnoughMemory if nowhere."""
+    needed = sum(
+        len(state.stored[layer][0]) * part.shape[1] * part.element_size()
+        for layer, rows in layers.items()
+        if layer in state.stored
+        for part in (rows.A, rows.B)
+    )
+    device = next((rows.device for rows in layers.values()), CPU)
+    free = free_memory(device)
+    if needed + (HEADROOM if device.type == "cuda" else 0) <= free:
+        return "device"
+    if needed > (on_host := free_memory(CPU)):
+        raise NotEnoughMemory(
+            f"{name} needs {needed / 2**30:.1f} GiB for its rows; {free / 2**30:.1f} GiB are free on {device}, "
+            f"{on_host / 2**30:.1f} on the host"
+        )
+    warnings.warn(
+        f"{name}: {needed / 2**30:.1f} GiB of rows do not fit the GPU, where {free / 2**30:.1f} GiB are free: they stay in "
+        "host memory and stream from there in every pass, far slower",
+        RuntimeWarning,
+        stacklevel=4,
+    )
+    return "host"
 
 
 # ---------------------------------------------------------------------------------------------------- training
@@ -316,25 +466,19 @@ class Epoch:
 
     Attributes:
         record: its entry in the manifest (epoch, step, metrics, ...).
-        model_state: ``state_dict`` of its net; rows with the decay factor multiplied in.
-        stored: name of a growing layer -> (amult as stored, decay): resuming goes on from these, bit for bit.
+        state: of its net: ``state.fill(model)`` makes ``model`` that net, bit for bit.
         optimizer: tensors of the optimizer, by name.
     """
 
-    def __init__(self, record: dict[str, Any], tensors: dict[str, Tensor], segments: list[dict[str, Tensor]]):
+    def __init__(self, record: dict[str, Any], tensors: dict[str, Tensor], segments: list[Path]):
         self.record = record
         parts = {"model": {}, "amult": {}, "decay": {}, "optimizer": {}}
         for name, tensor in tensors.items():
             kind, _, rest = name.partition("/")
             parts[kind][rest] = tensor
         self.optimizer: dict[str, Tensor] = parts["optimizer"]
-        self.stored = {layer: (amult, parts["decay"][layer].item()) for layer, amult in parts["amult"].items()}
-        self.model_state: dict[str, Tensor] = parts["model"]
-        for layer, (amult, decay) in self.stored.items():
-            for part in ("A", "B"):
-                name = f"{layer}.{part}"
-                self.model_state[name] = torch.cat([segment[name] for segment in segments if name in segment])
-            self.model_state[f"{layer}.amult"] = amult * decay
+        stored = {layer: (amult, parts["decay"][layer].item()) for layer, amult in parts["amult"].items()}
+        self.state = State(parts["model"], stored, segments)
 
 
 @contextmanager
@@ -445,7 +589,8 @@ def read_epoch(folder: Path, epoch: int | None = None) -> Epoch:
             held = f"epochs {first} to {last}" if last > first else f"epoch {last} alone"
             raise CheckpointError(f"{folder} holds {held}; epoch={epoch} is not there")
         record = records[wanted]
-        segments = [read_tensors(folder / s["file"], s["sha256"]) for s in manifest["segments"][: record["segments"]]]
+        entries = manifest["segments"][: record["segments"]]
+        segments = [check_file(folder / entry["file"], entry["sha256"]) for entry in entries]
         return Epoch(record, read_tensors(folder / record["state"]["file"], record["state"]["sha256"]), segments)
     except (KeyError, TypeError) as error:
         raise CheckpointError(f"{folder / MANIFEST} lacks something ({error!r}): it is damaged") from None

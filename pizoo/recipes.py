@@ -3,8 +3,8 @@
 A file states only what differs from the part it ``extends``: a common part (``common/NAME.yaml``), an entry, or a file
 beside it (``NAME.yaml``). Mappings are merged key by key, anything else replaces; a mapping that names another
 ``model.kind`` or ``train.schedule.name`` replaces too, since the keys of the old kind mean nothing to the new one. What
-makes an entry that entry (its name, description and published number, what that number is over and how near is near
-enough) is not passed on to what extends it.
+makes an entry that entry (its name, description and published number, why its own differs, what that number is over, how near
+is near enough, how it was tuned) is not passed on to what extends it.
 
 An override, ``train.epochs=1``, is one more such mapping, merged last.
 """
@@ -12,6 +12,7 @@ An override, ``train.epochs=1``, is one more such mapping, merged last.
 from __future__ import annotations
 
 import difflib
+import itertools
 import math
 import os
 import re
@@ -46,7 +47,7 @@ NonNegative = Annotated[float, Field(ge=0, le=1e6)]
 Counts = Annotated[tuple[Count, ...], Strict(False)]
 
 
-ENTRYS_OWN = ("entry", "description", "published", "seeds", "tolerance")
+ENTRYS_OWN = ("entry", "description", "published", "differs", "seeds", "tolerance", "tune")
 KERNELS = {"nngp": NNGPRegressor, "ntk": NTKRegressor}
 KERNEL_LEARNERS = {"nngp": NNGPLearner, "ntk": NTKLearner}
 
@@ -296,7 +297,9 @@ class Tasks(_Part):
     layers: Literal["readout", "all"] = "readout"  # which adapt
     first_order: bool = False
     validation_tasks: Count = 2000  # after every epoch; the epoch that does best is kept
-    test_tasks: Count = 8000  # of every split, in the end
+    test_tasks: Annotated[int, Field(ge=2, le=1_000_000)] = (
+        8000  # of every split, in the end; two have a standard error
+    )
     headline: Literal["validation", "validation_rotated", "test", "test_rotated"] = (
         "test"  # what the entry's number is on
     )
@@ -310,10 +313,26 @@ class Tasks(_Part):
         return self
 
 
+class Tune(_Part):
+    """Which settings of a kernel recipe's model to try on held-out training images; see :mod:`pizoo.training.tune`."""
+
+    validation: Annotated[float, Field(gt=0, lt=1)]  # fraction of the training images to hold out
+    grid: Annotated[
+        dict[str, Annotated[tuple[float | int, ...], Field(min_length=1), Strict(False)]], Field(min_length=1)
+    ]
+
+    @property
+    def settings(self) -> list[dict[str, float | int]]:
+        """Every combination of the grid's values; the last key's values follow one another."""
+        return [dict(zip(self.grid, values, strict=True)) for values in itertools.product(*self.grid.values())]
+
+
 class Published(_Part):
     """A number in print, and how it was measured."""
 
     accuracy: Annotated[float, Field(ge=0, le=100)]  # percent
+    # One run of the paper's own code with this recipe, after the last epoch, in percent; None: not measured.
+    rerun: Annotated[float, Field(ge=0, le=100)] | None = None
     source: Annotated[str, Field(min_length=1)]
     protocol: Annotated[str, Field(min_length=1)]
 
@@ -343,7 +362,9 @@ class Recipe(_Part):
     train: Train | None = None  # None for the kernels
     seeds: Annotated[int, Field(ge=1, le=1000)] = 1  # how many the entry's recorded mean is over: 0, 1, ...
     published: Published | None = None
+    differs: Annotated[str, Field(min_length=1)] | None = None  # in what the numbers differ from the published, and why
     tolerance: Tolerance = Tolerance()
+    tune: Tune | None = None
     only_if_given: ClassVar[tuple[str, ...]] = ("tasks",)
 
     @model_validator(mode="before")
@@ -390,6 +411,25 @@ class Recipe(_Part):
             raise ValueError(f"train.loss: found {self.train.loss!r}; must be 'cross_entropy' with tasks")
         return self
 
+    @model_validator(mode="after")
+    def _check_tune(self) -> Recipe:
+        if self.tune is None:
+            return self
+        model, allowed = self.model.model_dump(), type(self.model).model_fields
+        if self.train is not None:
+            raise ValueError(f"tune: must be left out, a net (model.kind {self.model.kind}) is trained, not solved")
+        if self.tasks is not None:
+            raise ValueError("tune: must be left out with tasks, which have no training images to hold out")
+        for key, values in self.tune.grid.items():
+            if key not in allowed:
+                raise ValueError(f"tune.grid.{key}: unknown key; {_nearest(key, allowed)}")
+            for value in values:
+                try:
+                    type(self.model)(**{**model, key: value})
+                except ValidationError:
+                    raise ValueError(f"tune.grid.{key}: found {value}; model.{key} does not take it") from None
+        return self
+
     @property
     def architecture(self) -> str | None:
         """The timm name, without the tag, of what ``model`` describes; ``None`` for kernel regressors."""
@@ -405,6 +445,10 @@ class Recipe(_Part):
                 return None
         return name if model.hidden_layers == 2 else f"{name}_l{model.hidden_layers}"
 
+    def load_data(self, data_dir: str | os.PathLike | None = None) -> Dataset | dict[str, TaskPool]:
+        """What it trains on and is measured on: a data set, or with ``tasks`` the classes of each split."""
+        return self.data.load(data_dir) if self.tasks is None else self.data.load_tasks(data_dir)
+
     def with_seed(self, seed: int) -> Recipe:
         """The same recipe run again: another ``train.seed``, and on the digits another split as well."""
         raw = self.to_dict()
@@ -413,6 +457,14 @@ class Recipe(_Part):
         if self.data.name == "digits" and self.data.path is None:
             raw["data"]["split"] = seed
         return Recipe.from_dict(raw, f"recipe {self.entry} with seed {seed}")
+
+    def with_model(self, **settings: float | int) -> Recipe:
+        """The same recipe with other values in its model part, without what is said of the old ones; nothing left to tune."""
+        raw = self.to_dict() | {"differs": None, "tune": None}
+        raw["model"] |= settings
+        if raw["published"] is not None:
+            raw["published"]["rerun"] = None
+        return Recipe.from_dict(raw, f"recipe {self.entry} with {settings}")
 
     def build_model(self, device: torch.device | str | None = None) -> PiNet | KernelRegressor | KernelLearner:
         """The recipe's net with initial values drawn from its seed, the same on every device.
@@ -480,6 +532,11 @@ class Recipe(_Part):
         inner = {problem["loc"][:-1] for problem in problems if len(problem["loc"]) > 1}
         lines = [_explain(problem) for problem in problems if problem["loc"] not in inner]
         raise RecipeError("\n  ".join([f"{source}:", *lines]) if len(lines) > 1 else f"{source}: {lines[0]}")
+
+
+def decisive(raw: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """Of a recipe as plain values, what decides its training; texts, seeds to come and numbers to compare with do not."""
+    return raw and {key: value for key, value in raw.items() if key == "entry" or key not in ENTRYS_OWN}
 
 
 def list_recipes() -> list[str]:

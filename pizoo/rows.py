@@ -8,12 +8,15 @@ appending b rows costs b rows however many there are.
 from __future__ import annotations
 
 import copy
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
-from pizoo.functional import relu_kernel
+from pizoo.functional import relu_kernel_of_gram
+from pizoo.memory import empty_on_host, to_host
+
+Place = Literal["device", "host"]
 
 NO_TENSOR = (
     "the gradient of a growing layer is not a tensor but the rows that a step appends; step with pizoo.optim.PiSGD, clip with "
@@ -23,11 +26,15 @@ GROWTH = 1.5  # room made at once when nothing was reserved: appending stays lin
 
 
 class Reserved:
-    """A tensor that grows along its first dimension inside storage reserved ahead."""
+    """A tensor that grows along its first dimension inside storage reserved ahead.
 
-    def __init__(self, data: Tensor):
+    With ``on_host`` the storage is host memory that a GPU reads directly (:func:`pizoo.memory.empty_on_host`).
+    """
+
+    def __init__(self, data: Tensor, on_host: bool = False):
         self.storage = data
         self.count = len(data)
+        self.on_host = on_host
 
     @property
     def used(self) -> Tensor:
@@ -41,14 +48,25 @@ class Reserved:
     def reserve(self, capacity: int) -> None:
         """Make room for ``capacity`` rows in all; what is there is copied once. Less room than there is changes nothing."""
         if capacity > self.capacity:
-            storage = self.storage.new_empty(capacity, *self.storage.shape[1:])
-            storage[: self.count] = self.used
-            self.storage = storage
+            self.storage = self._copied(capacity, self.storage.device, self.on_host)
+
+    def moved(self, device: torch.device, on_host: bool) -> Reserved:
+        """The same elsewhere, with its room."""
+        moved = Reserved(self._copied(self.capacity, device, on_host), on_host)
+        moved.count = self.count
+        return moved
+
+    def _copied(self, capacity: int, device: torch.device, on_host: bool) -> Tensor:
+        shape, dtype = (capacity, *self.storage.shape[1:]), self.storage.dtype
+        storage = empty_on_host(shape, dtype) if on_host else torch.empty(shape, dtype=dtype, device=device)
+        storage[: self.count] = self.used
+        return storage
 
     def append(self, rows: Tensor) -> None:
         needed = self.count + len(rows)
         if needed > self.capacity:
             self.reserve(max(needed, int(GROWTH * self.capacity)))
+        # A copy from a GPU to the host waits until it is done: whoever reads next, on either side, finds the rows.
         self.storage[self.count : needed] = rows
         self.count = needed
 
@@ -78,6 +96,11 @@ class PendingRows:
     def norm(self) -> Tensor:
         """:func:`rows_norm` of these rows, 0-d."""
         return rows_norm(self.A, self.B)
+
+    @property
+    def device(self) -> torch.device:
+        """Where they are: on the layer's device, wherever its rows are kept."""
+        return self.A.device
 
     def mul_(self, factor: Tensor | float) -> PendingRows:
         self.A = self.A * factor
@@ -148,9 +171,14 @@ class Rows(nn.Module):
     its own). ``amult`` is kept in at least float32 whatever ``.half()`` does to the rest; what :attr:`amult` and
     ``state_dict`` give includes the decay factor.
 
+    With ``rows_on`` "host" (:meth:`keep_rows_on`), ``A`` and ``B`` stay in host memory, page-locked, and the ops stream them
+    to the device; ``amult``, the bias and pending rows are on the device. ``.to(device)`` moves those alone.
+
     ``load_state_dict`` accepts any number of rows. ``state_dict`` shares memory with the rows only when no room is
     reserved behind them; else it copies, so that saving it does not save the empty room.
     """
+
+    rows_on: Place = "device"
 
     def __init__(self, A: Tensor, B: Tensor, amult: Tensor):
         super().__init__()
@@ -171,6 +199,11 @@ class Rows(nn.Module):
         return min(part.capacity for part in (self._A, self._B, self._amult))
 
     @property
+    def device(self) -> torch.device:
+        """Where the layer computes, and where ``amult`` is."""
+        return self.A.device if self.rows_on == "device" else self._amult.storage.device
+
+    @property
     def amult(self) -> Tensor:
         """Row multipliers [M] with weight decay applied (a copy)."""
         return self._amult.used * self.decay
@@ -189,11 +222,33 @@ class Rows(nn.Module):
         problem = rows_problem(A, B, amult, r=self.B.shape[1], r_out=self.A.shape[1])
         if problem:
             raise ValueError(problem)
-        self._A = Reserved(A.detach().to(self.A.device, self.A.dtype))
-        self._B = Reserved(B.detach().to(self.B.device, self.B.dtype))
-        self._amult = Reserved(amult.detach().to(self.A.device, torch.promote_types(self.A.dtype, torch.float32)))
+        device, dtype = self.device, self.A.dtype
+        self._A, self._B = self._placed(A, dtype, device), self._placed(B, self.B.dtype, device)
+        self._amult = Reserved(amult.detach().to(device, torch.promote_types(dtype, torch.float32)))
         self.decay = decay
         self._point()
+
+    def _placed(self, part: Tensor, dtype: torch.dtype, device: torch.device) -> Reserved:
+        if self.rows_on == "host":
+            return Reserved(to_host(part.detach(), dtype), on_host=True)
+        return Reserved(part.detach().to(device, dtype))
+
+    def keep_rows_on(self, place: Place) -> Rows:
+        """Keep ``A`` and ``B`` on the "device" of the layer, or on the "host" whatever device the layer is moved to.
+
+        Moves what is there and what is reserved. Returns the layer.
+
+        Raises:
+            ValueError: another place.
+        """
+        check_place(place)
+        if place != self.rows_on:
+            device, self.rows_on = self.device, place
+            self._A = self._A.moved(device, place == "host")
+            self._point()  # lets go of the old storage before the next part is moved
+            self._B = self._B.moved(device, place == "host")
+            self._point()
+        return self
 
     def to_rows_dtype(self, dtype: torch.dtype) -> None:
         """Cast ``A`` and ``B`` alone; the bias keeps its dtype."""
@@ -259,16 +314,31 @@ class Rows(nn.Module):
 
     def _apply(self, fn, recurse=True):
         pending, self.A.grad = self.A.grad, None
-        amult, capacity = self._amult.used, self.capacity
-        super()._apply(fn, recurse)
-        if not isinstance(self.A, GrowingWeight):  # torch makes a new Parameter on some conversions
-            self.A = GrowingWeight(self.A.data, self.A.requires_grad)
-        self.set_rows(self.A.data, self.B.data, amult, self.decay)
-        self.reserve(capacity)
+        if self.rows_on == "host":
+            self._apply_around_rows(fn, recurse)
+        else:
+            amult, capacity = self._amult.used, self.capacity
+            super()._apply(fn, recurse)
+            if not isinstance(self.A, GrowingWeight):  # torch makes a new Parameter on some conversions
+                self.A = GrowingWeight(self.A.data, self.A.requires_grad)
+            self.set_rows(self.A.data, self.B.data, amult, self.decay)
+            self.reserve(capacity)
         if pending is not None:
-            device = self.A.device
+            device = self.device
             self.A.grad = pending.apply(lambda t: t.to(device, torch.promote_types(self.A.dtype, torch.float32)))
         return self
+
+    def _apply_around_rows(self, fn, recurse: bool) -> None:
+        """``_apply`` of rows on the host: to ``amult`` and bias; of what it does to ``A`` and ``B``, their dtype alone."""
+        parameters, capacity = self._parameters, self.capacity
+        empty = fn(torch.empty(0, dtype=self.A.dtype, device=self.device))
+        self._parameters = {name: value for name, value in parameters.items() if name not in ("A", "B")}
+        super()._apply(fn, recurse)
+        self._parameters = parameters | self._parameters
+        self._amult.storage = self._amult.storage.to(empty.device, torch.promote_types(empty.dtype, torch.float32))
+        if empty.dtype != self.A.dtype:
+            self.to_rows_dtype(empty.dtype)
+            self.reserve(capacity)
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         super()._save_to_state_dict(destination, prefix, keep_vars)
@@ -308,12 +378,23 @@ class Rows(nn.Module):
     def __setstate__(self, state: dict[str, Any]) -> None:
         amult = state.pop("_amult")
         super().__setstate__(state)
+        self._amult = Reserved(amult)
         self.set_rows(self.A.data, self.B.data, amult, self.decay)
 
 
 def rows_norm(A: Tensor, B: Tensor) -> Tensor:
     """Norm of rows in function space, ``|Δ|² = Σ_ij (a_i . a_j) K(b_i, b_j)`` with K the zero-mean ReLU kernel; 0-d."""
-    return ((A @ A.T) * relu_kernel(B, B)).sum().clamp(min=0).sqrt()
+    return rows_norm_of_grams(A @ A.T, B @ B.T)
+
+
+def rows_norm_of_grams(A: Tensor, B: Tensor) -> Tensor:
+    """:func:`rows_norm` from the inner products of the rows' two parts, [..., n, n] each: [...]."""
+    return product_norm_of_grams(A, relu_kernel_of_gram(B))
+
+
+def product_norm_of_grams(A: Tensor, B: Tensor) -> Tensor:
+    """Norm of ``XᵀY`` for X [n, ...], Y [n, ...] from their inner products [..., n, n] each: [...]."""
+    return (A * B).sum((-2, -1)).clamp(min=0).sqrt()
 
 
 def row_scale(A: Tensor) -> Tensor:
@@ -322,6 +403,12 @@ def row_scale(A: Tensor) -> Tensor:
     exponent = torch.frexp(largest).exponent - 1
     usable = (largest > 0) & largest.isfinite()
     return torch.ldexp(torch.ones_like(largest), torch.where(usable, exponent, 0))
+
+
+def check_place(place: str, *more: str) -> None:
+    """Raise ValueError unless ``place`` is where rows can be kept, or one of ``more``."""
+    if place not in (places := (*get_args(Place), *more)):
+        raise ValueError(f"rows_on is {place!r}; it must be one of {', '.join(map(repr, places))}")
 
 
 def rows_problem(A: Tensor, B: Tensor, amult: Tensor, r: int, r_out: int, prefix: str = "") -> str | None:

@@ -15,7 +15,8 @@ from pizoo.ops.append import append_reference
 from pizoo.recipes import RecipeError, load_recipe
 from pizoo.training import supervised
 from pizoo.training.engine import Engine, compiled
-from pizoo.training.supervised import TrainingDiverged, train
+from pizoo.training.supervised import TrainingDiverged
+from pizoo.training.train import train
 
 SMALL = ["data.subset=203", "train.epochs=2", "train.batch_size=16", "train.schedule.milestones=[1]"]
 INFINITE = [*SMALL, "model.r=20"]
@@ -77,7 +78,7 @@ def test_resumed_engine_run_is_the_uninterrupted_one_to_the_bit(tmp_path, monkey
     class Stop(Exception):
         pass
 
-    save = supervised._Training._save
+    save = supervised.Training._save
 
     def save_then_stop(self, epoch):
         save(self, epoch)
@@ -85,7 +86,7 @@ def test_resumed_engine_run_is_the_uninterrupted_one_to_the_bit(tmp_path, monkey
             raise Stop
 
     with monkeypatch.context() as patch, pytest.raises(Stop):
-        patch.setattr(supervised._Training, "_save", save_then_stop)
+        patch.setattr(supervised.Training, "_save", save_then_stop)
         train(recipe, tmp_path / "resumed", device="cpu", engine=True)
     resumed = train(recipe, tmp_path / "resumed", device="cpu", engine=True)
     for name, tensor in whole.model.state_dict().items():
@@ -163,10 +164,27 @@ for r, r_out in ((7, 10), (400, 400), (5, 1)):
     append_reference(new, a, torch.tensor([5]))
     append_fused(new, b, torch.tensor([5]))
     assert all(torch.equal(x, y) for x, y in zip(a, b)), (r, r_out)
+
+from pizoo.ops.dense import product_fused, product_reference, step_fused, step_reference
+for b, n, m in ((8, 70, 40), (33, 200, 10), (1, 5, 300)):
+    for dtype, tolerance in ((torch.float32, 1e-6), (torch.float16, 1e-3)):
+        x, weight = torch.randn(b, n).to(dtype), torch.randn(n, m).to(dtype)
+        exact = x.double() @ weight.double()
+        for w in (weight, weight.T.contiguous().T):
+            for product in (product_fused, product_reference):
+                assert (product(x, w) - exact).norm() < 1e-6 * exact.norm(), (b, n, m, dtype, product)
+        right, kept, factor = torch.randn(b, m).to(dtype), torch.tensor(0.9), torch.tensor(0.3)
+        exact = 0.9 * weight.double() - 0.3 * x.double().T @ right.double()
+        for step in (step_fused, step_reference):
+            stepped = weight.clone()
+            step(stepped, x, right, kept, factor, torch.tensor([False]))
+            assert torch.equal(stepped, weight)
+            step(stepped, x, right, kept, factor, torch.tensor([True]))
+            assert (stepped - exact).norm() < tolerance * exact.norm(), (b, n, m, dtype, step)
 """
 
 
-def test_fused_append_writes_what_the_plain_one_does() -> None:
+def test_fused_kernels_of_a_step_do_what_the_plain_ones_do() -> None:
     pytest.importorskip("triton")
     # A process of its own: the interpreter is chosen when Triton is first imported.
     done = subprocess.run(

@@ -16,7 +16,7 @@ from pizoo.checkpoint import CheckpointError
 from pizoo.data import TaskPool, frozen_uniform, load_dataset, load_tasks, omniglot
 from pizoo.evaluation import fewshot
 from pizoo.evaluation.entries import classify
-from pizoo.evaluation.fewshot import SPLITS, adapter, measure_splits, split_pool, task_accuracies
+from pizoo.evaluation.fewshot import SPLITS, adapter, measure_splits, split_correct, task_correct
 from pizoo.models import NNGPLearner
 from pizoo.recipes import Recipe, RecipeError, load_recipe
 from pizoo.training import meta
@@ -103,7 +103,7 @@ def test_all_three_nets_learn_to_learn(kind, pools):
     result = train(small(kind, *width, "train.steps_per_epoch=40", "tasks.test_tasks=200"), pools)
     losses = [record["train_loss"] for record in result.history]
     assert losses[-1] < 0.7 * losses[0]
-    untrained = measure_splits(result.recipe.build_model(), pools, result.recipe.tasks.model_dump())
+    untrained, _ = measure_splits(result.recipe.build_model(), pools, result.recipe.tasks.model_dump())
     for split in ("validation_rotated", "test_rotated"):  # chance is 20
         accuracy = result.results["splits"][split]["accuracy"]
         assert accuracy > 65 and accuracy > untrained["splits"][split]["accuracy"] + 15
@@ -209,9 +209,7 @@ def test_a_loss_that_is_not_finite_stops_at_that_step_and_keeps_the_last_epoch(k
 
 
 def test_predictions_that_are_not_finite_are_divergence_too(pools, monkeypatch):
-    monkeypatch.setattr(
-        meta, "task_accuracies", lambda *args: (_ for _ in ()).throw(ValueError("logits are not finite"))
-    )
+    monkeypatch.setattr(meta, "task_correct", lambda *args: (_ for _ in ()).throw(ValueError("logits are not finite")))
     with pytest.raises(TrainingDiverged, match="after epoch 1 logits are not finite; no epoch was saved"):
         train(small("mu"), pools)
 
@@ -268,21 +266,21 @@ def test_there_is_no_engine_for_tasks_yet(pools):
 
 def test_the_first_tasks_are_the_same_however_many_are_measured_and_in_whatever_parts(whole, pools, monkeypatch):
     learner = adapter(whole.model, whole.recipe.tasks.model_dump())
-    found = task_accuracies(whole.model, learner, pools["test"], 700)
-    assert torch.equal(task_accuracies(whole.model, learner, pools["test"], 30), found[:30])
+    found = task_correct(whole.model, learner, pools["test"], 700)
+    assert torch.equal(task_correct(whole.model, learner, pools["test"], 30), found[:30])
     monkeypatch.setattr(fewshot, "TASKS_AT_ONCE", 7)
-    assert torch.equal(task_accuracies(whole.model, learner, pools["test"], 600), found[:600])
-    assert not torch.equal(task_accuracies(whole.model, learner, pools["test"], 700, seed=1), found)
+    assert torch.equal(task_correct(whole.model, learner, pools["test"], 600), found[:600])
+    assert not torch.equal(task_correct(whole.model, learner, pools["test"], 700, seed=1), found)
 
 
-def test_accuracies_are_the_share_of_queries_that_the_adapted_net_classifies_right(whole, pools):
+def test_a_query_is_right_where_the_adapted_net_classifies_it_so(whole, pools):
     model, step_size = whole.model, whole.recipe.tasks.step_size
-    found = task_accuracies(model, adapter(model, whole.recipe.tasks.model_dump()), pools["test"], 40, 2, 3)
+    found = task_correct(model, adapter(model, whole.recipe.tasks.model_dump()), pools["test"], 40, 2, 3)
     batch = pools["test"].draw(frozen_uniform(CPU, fewshot.TEST_SEED), fewshot.TASKS_DRAWN, 5, 2, 3)
     for task in range(40):
         with torch.no_grad():
             logits = model.adapt(batch.support_x[task], batch.support_y[task], step_size)(batch.query_x[task])
-        assert found[task] == pytest.approx(100 * (logits.argmax(1) == batch.query_y[task]).double().mean().item())
+        assert torch.equal(found[task], logits.argmax(1) == batch.query_y[task])
 
 
 def test_every_number_names_its_split_and_has_an_interval(whole, pools):
@@ -290,8 +288,8 @@ def test_every_number_names_its_split_and_has_an_interval(whole, pools):
     assert list(results["splits"]) == list(SPLITS) and results["split"] == "test" == results["data"]["part"]
     assert results["accuracy"] == results["splits"]["test"]["accuracy"]
     for split in SPLITS:
-        learner = adapter(whole.model, whole.recipe.tasks.model_dump())
-        each = task_accuracies(whole.model, learner, split_pool(pools, split), 30)
+        right = split_correct(whole.model, pools, whole.recipe.tasks.model_dump(), split)
+        each = 100 * right.double().mean(1)
         recorded = fewshot.TaskAccuracy(**results["splits"][split])
         assert recorded.accuracy == pytest.approx(each.mean().item()) and recorded.tasks == 30
         assert recorded.half_width == pytest.approx(1.96 * each.std().item() / 30**0.5)
@@ -299,8 +297,8 @@ def test_every_number_names_its_split_and_has_an_interval(whole, pools):
 
 def test_the_nearest_neighbour_predictor_is_measured_as_any_other(pools):
     model = small("infpi", "model.r=24").build_model()
-    found = task_accuracies(model, model.nearest_neighbour, pools["test"], 100)
-    assert found.mean() > 60  # these characters are told apart without learning
+    found = task_correct(model, model.nearest_neighbour, pools["test"], 100)
+    assert found.double().mean() > 0.6  # these characters are told apart without learning
 
 
 def test_a_model_that_cannot_adapt_is_refused(pools):
@@ -355,7 +353,10 @@ def test_an_entry_is_reproduced_evaluated_and_verified(kind, data_dir, tmp_path,
     report = pizoo.verify(card, data_dir, "cpu")
     assert report.status == "verified", report.reason
     assert report.check == f"50 tasks of {results['split']}" and report.half_width >= 0
-    assert report.measured == report.recorded == results["verification"]["accuracy"]
+    assert report.measured == report.recorded == results["verification"]["accuracy"] and report.differing == 0
+    found = checkpoint.read_tensors(card / "correct.safetensors", results["correct_sha256"])
+    assert all(100 * found[f"seed-{run['seed']}"].double().mean() == run["accuracy"] for run in results["seeds"])
+    assert torch.equal(found["shipped"], found["seed-0"]) and found["shipped"].shape == (60, 5)
     quick = pizoo.verify(card, device="cpu", quick=True)
     assert (quick.status, quick.check) == ("verified", "probe") and quick.half_width is None
     assert pizoo.verify(card, tmp_path / "nowhere", "cpu").status == "not run"

@@ -10,7 +10,7 @@ import torch
 
 import pizoo
 from pizoo.data import load_tasks
-from pizoo.evaluation.fewshot import TaskAccuracy, adapter, split_pool, task_accuracies
+from pizoo.evaluation.fewshot import TaskAccuracy, split_correct
 from pizoo.recipes import load_recipe
 
 DATA = Path(os.environ.get("PIZOO_DATA", ""))
@@ -37,9 +37,7 @@ def pools():
 )
 def test_the_kernels_score_what_the_references_do(pools, entry, split, reference):
     recipe = load_recipe(entry)
-    model = recipe.build_model()
-    learner = adapter(model, recipe.tasks.model_dump())
-    found = TaskAccuracy.of(task_accuracies(model, learner, split_pool(pools, split), 4000))
+    found = TaskAccuracy.of(split_correct(recipe.build_model(), pools, recipe.tasks.model_dump(), split, 4000))
     assert abs(found.accuracy - reference) < 3 * (found.standard_error**2 + REFERENCE_ERROR**2) ** 0.5
 
 

@@ -7,8 +7,11 @@ Triton is imported for the first time.
 
 from __future__ import annotations
 
+import itertools
 import multiprocessing
 import os
+import re
+import sys
 from concurrent.futures import ProcessPoolExecutor
 from typing import NamedTuple
 
@@ -19,7 +22,7 @@ from packaging.version import Version
 
 from pizoo import ops
 from pizoo.functional import unit
-from pizoo.ops import blocked, reference
+from pizoo.ops import blocked, jacobian, reference
 
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")
@@ -85,10 +88,15 @@ def error(result: tuple[torch.Tensor, ...], op: str, gbar, A, B, amult, delta, c
     return max(errors) if all(e == e for e in errors) else float("inf")
 
 
+def ops_of(module, gbar, A, *_) -> list[str]:
+    """What a module covers; the Jacobian is for few outputs, and its fused kernel for GPUs."""
+    supports = getattr(module, "supports", lambda op, gbar, A: op != OPS[2] or A.shape[1] <= 16)
+    return [op for op in OPS if supports(op, gbar, A)]
+
+
 def errors_of(module, case: Case) -> dict[str, float]:
     inputs = rows(case)
-    names = OPS if case.r_out <= 16 else OPS[:2]
-    return {op: error(call(module, op, *inputs), op, *inputs) for op in names}
+    return {op: error(call(module, op, *inputs), op, *inputs) for op in ops_of(module, *inputs)}
 
 
 def fused_errors(case: Case) -> dict[str, float]:
@@ -105,7 +113,7 @@ def fused_met_again(r: int, r_out: int) -> float:
     torch.manual_seed(0)
     A, amult, delta = (torch.randn(*shape, device=DEVICE) for shape in ((2 * r, r_out), (2 * r,), (r, r_out)))
     inputs = (eye, A.half(), torch.cat([eye, -eye]).half(), amult, delta, None)
-    return max(error(call(triton, op, *inputs), op, *inputs) for op in OPS)
+    return max(error(call(triton, op, *inputs), op, *inputs) for op in ops_of(triton, *inputs))
 
 
 def fused_is_deterministic(case: Case) -> bool:
@@ -114,7 +122,7 @@ def fused_is_deterministic(case: Case) -> bool:
     inputs = rows(case)
     return all(
         torch.equal(x, y)
-        for op in OPS
+        for op in ops_of(triton, *inputs)
         for x, y in zip(call(triton, op, *inputs), call(triton, op, *inputs), strict=True)
     )
 
@@ -187,6 +195,35 @@ def test_fused_ops_match_the_definition_on_the_grid(r):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not CUDA, reason="needs a CUDA device")
+@pytest.mark.parametrize("r", [8, 64, 200, 400, 408])
+def test_fused_jacobian_matches_the_definition_on_the_grid(r):
+    from pizoo.ops import triton
+
+    checked = 0
+    for r_out, b, M, dtype in itertools.product((1, 2, 7, 10), (1, 8, 9, 16), (1, 64, 65, 30_000), (half, brain)):
+        inputs = rows(Case(M, r, r_out, b, dtype, amult=4.0, unused=M % 3))
+        if triton.supports(OPS[2], *inputs[:2]):
+            worst = error(call(triton, OPS[2], *inputs), OPS[2], *inputs)
+            assert worst <= TOLERANCE[dtype], (r_out, b, M, dtype)
+            checked += 1
+    assert checked or torch.cuda.get_device_capability() < (9, 0)
+
+
+@pytest.mark.parametrize("shape", [(400, 10), (408, 10), (64, 10), (8, 1), (512, 8)], ids=str)
+def test_the_jacobian_kernel_compiles_and_keeps_its_sums_in_registers(shape):
+    pytest.importorskip("cuda.bindings.nvrtc", reason="comes with PyTorch for CUDA")
+    r, r_out = shape
+    shared = 232_448  # what a program gets on an H100 or H200
+    for brain_float in (0, 1):
+        constants = {"R": r, "OUTPUTS": r_out, "STRIDE_A": 16, "STRIDE_B": -(-r // 8) * 8}
+        constants |= {"STAGES": jacobian._stages(r, r_out, shared), "SHARED": shared, "BFLOAT16": brain_float}
+        code, log = jacobian.compile_kernel(tuple(constants.items()), (9, 0))
+        assert code.startswith(b"\x7fELF")
+        assert "0 bytes spill stores, 0 bytes spill loads" in log, log
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not CUDA, reason="needs a CUDA device")
 @pytest.mark.parametrize("scales", [(1.0, 1.0), (1e-6, 1.0), (4.0, 1.0), (1.0, 1e-6), (1e-6, 1e-6)])
 @pytest.mark.parametrize("r_out", [10, 400])
 def test_a_million_half_precision_rows(r_out, scales):
@@ -195,7 +232,7 @@ def test_a_million_half_precision_rows(r_out, scales):
     amult, A = scales
     inputs = rows(Case(1_000_000, 400, r_out, 8, half, amult=amult, A=A, unused=100, stride=-(-r_out // 16) * 16))
     gbar, A, B, amult, delta, _ = inputs
-    for op in OPS[: 3 if r_out == 10 else 2]:
+    for op in ops_of(triton, *inputs):
         blocks = zip(*(part[:1_000_000].split(100_000) for part in (A, B, amult)), strict=True)
         sums = [expected(op, gbar, *block, delta, None) for block in blocks]
         for x, parts in zip(call(triton, op, *inputs), zip(*sums, strict=True), strict=True):
@@ -257,6 +294,60 @@ def test_without_kernels_plain_torch_runs_after_one_warning(monkeypatch):
         assert not ops._fused(torch.device("cuda", 0)) and not ops._fused(torch.device("cuda", 1))
     assert len(warned) == 1
     ops._fused.cache_clear()
+
+
+class LikeOnAGpu(torch.Tensor):
+    """A CPU tensor that is taken for one on a GPU when an implementation is chosen."""
+
+    is_cuda = property(lambda self: True)
+
+
+def old_gpu(monkeypatch):
+    from pizoo.ops import triton
+
+    unavailable = triton.unavailable
+    monkeypatch.setattr(triton, "unavailable", lambda device: unavailable(torch.device("cuda")))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
+
+
+def no_triton(monkeypatch):
+    monkeypatch.delitem(sys.modules, "pizoo.ops.triton", raising=False)
+    monkeypatch.setitem(sys.modules, "triton", None)  # what an import of a missing module finds
+
+
+def no_compiler(monkeypatch):
+    from pizoo.ops import triton
+
+    monkeypatch.setattr(triton, "unavailable", lambda device: None)  # and then the launch fails: there is no driver
+
+
+@pytest.mark.parametrize(
+    ("hinder", "reason"),
+    [
+        (lambda monkeypatch: None, "is not an NVIDIA GPU in reach"),
+        (old_gpu, "Tesla T4 is older than compute capability 8.0"),
+        (no_triton, "triton"),
+        (no_compiler, "Error: "),
+    ],
+    ids=["no GPU", "old GPU", "no Triton", "Triton fails to compile"],
+)
+def test_whatever_keeps_kernels_from_running_is_one_warning_and_the_same_results(monkeypatch, hinder, reason):
+    pytest.importorskip("triton")
+    monkeypatch.setattr(ops, "_failed", False)
+    inputs = rows(Case(200, 5, 3, 4, half, unused=7), torch.device("cpu"))
+    like_on_a_gpu = [part if part is None else part.as_subclass(LikeOnAGpu) for part in inputs]
+    with monkeypatch.context() as patch, pytest.warns(RuntimeWarning) as warned:
+        ops._module.cache_clear(), ops._fused.cache_clear()
+        hinder(patch)
+        results = {op: call(ops, op, *like_on_a_gpu) for _ in range(2) for op in OPS}
+    ops._module.cache_clear(), ops._fused.cache_clear()
+    (warning,) = warned
+    assert re.search(f"no fused kernels, plain torch runs instead: .*{reason}", str(warning.message))
+    for op, result in results.items():
+        assert error(result, op, *inputs) <= TOLERANCE[single]
+        assert all(torch.equal(x, y) for x, y in zip(result, call(blocked, op, *inputs), strict=True))
 
 
 @pytest.mark.gpu

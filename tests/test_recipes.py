@@ -11,7 +11,7 @@ import pytest
 
 from pizoo import models, recipes
 from pizoo.optim import PiSGD, param_groups
-from pizoo.recipes import Recipe, RecipeError, list_recipes, load_recipe
+from pizoo.recipes import Recipe, RecipeError, decisive, list_recipes, load_recipe
 
 KINDS = ("finpi", "infpi", "mu", "nngp", "ntk")
 DATA = ("cifar10", "digits", "omniglot")
@@ -300,7 +300,7 @@ REFUSED = {
     "model.last_layer_alfa=3": "model.last_layer_alfa: unknown key; did you mean 'last_layer_alpha'?",
     "train.schedule.milestone=[3]": "train.schedule.milestone: unknown key; did you mean 'milestones'?",
     "train.clip.norm=1": "train.clip.norm: unknown key; did you mean 'max_norm'?",
-    "optimizer=adam": "optimizer: unknown key; allowed: data, description, entry",
+    "optimizer=adam": "optimizer: unknown key; allowed: data, description, differs, entry",
     "extends=digits": "extends: unknown key",
     "train.lr='0.1'": "train.lr: found '0.1'; must be a valid number",
     "train.lr=true": "train.lr: found true; must be a valid number",
@@ -349,6 +349,10 @@ REFUSED = {
     "published.accuracy=101": "published.accuracy: found 101; must be less than or equal to 100",
     "tolerance={verify: 1, reason: null}": "tolerance.reason: missing",
     "entry=a b": "entry: found 'a b'; must match",
+    "differs=''": "differs: found ''; must have at least 1 character",
+    "published.rerun=101": "published.rerun: found 101; must be less than or equal to 100",
+    "tune={validation: 0.1, grid: {r: [1]}}": "tune: must be left out, a net (model.kind infpi) is trained, not solved",
+    "tune={validation: 1, grid: {r: [1]}}": "tune.validation: found 1; must be less than 1",
     "train.lr": "override 'train.lr': must be KEY=VALUE",
     "=3": "override '=3': must be KEY=VALUE",
     "train..lr=3": "override 'train..lr=3': must be KEY=VALUE",
@@ -397,6 +401,37 @@ def test_a_kernel_has_a_ridge_and_no_training():
         load_recipe("digits_ntk", ["model.ridge=0"])
     with pytest.raises(RecipeError, match=r"train: found .*; must be left out, kernel regressors \(model\.kind ntk\)"):
         load_recipe("digits_ntk", ["train.epochs=1"])
+
+
+def test_a_grid_holds_values_that_the_model_takes():
+    for grid, message in (
+        ("{depht: [2]}", "tune.grid.depht: unknown key; did you mean 'depth'?"),
+        ("{depth: [2, 2.5]}", "tune.grid.depth: found 2.5; model.depth does not take it"),
+        ("{ridge: [0.1, 0]}", "tune.grid.ridge: found 0; model.ridge does not take it"),
+        ("{depth: 2}", "tune.grid.depth: found 2; must be a list"),
+        ("{}", "tune.grid: found {}; must have at least 1 item"),
+    ):
+        with pytest.raises(RecipeError) as error:
+            load_recipe("digits_nngp", [f"tune={{validation: 0.2, grid: {grid}}}"])
+        assert message in str(error.value)
+
+
+@pytest.mark.parametrize("entry", ["cifar10_nngp", "cifar10_ntk"])
+def test_the_printed_settings_are_among_those_a_kernel_is_tuned_over(entry):
+    """So the tuned one cannot be worse on the held-out images."""
+    recipe = load_recipe(entry)
+    printed = recipe.model.model_dump()
+    assert {key: printed[key] for key in recipe.tune.grid} in recipe.tune.settings
+    other = recipe.with_model(depth=3)
+    assert other.model == recipe.model.model_copy(update={"depth": 3}) and other.data == recipe.data
+    assert (other.tune, other.differs, other.published.rerun) == (None, None, None)
+
+
+def test_texts_and_numbers_to_compare_with_decide_no_training():
+    recipe = load_recipe("cifar10_nngp")
+    told = load_recipe("cifar10_nngp", ["description=x", "differs=x", "tune=null", "seeds=2", "published=null"])
+    other = load_recipe("cifar10_nngp", ["model.ridge=0.5"])
+    assert decisive(recipe.to_dict()) == decisive(told.to_dict()) != decisive(other.to_dict())
 
 
 def test_all_that_is_wrong_is_said_at_once(write):

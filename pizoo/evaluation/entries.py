@@ -15,6 +15,7 @@ from pizoo import zoo
 from pizoo.data import Dataset, TaskPool, load_tasks, read_images
 from pizoo.evaluation.accuracy import accuracy, choose_device, predict
 from pizoo.evaluation.fewshot import measure_splits
+from pizoo.memory import explained
 from pizoo.models import KernelRegressor
 
 
@@ -25,6 +26,7 @@ def evaluate(
     data_dir: str | os.PathLike | None = None,
     device: torch.device | str | None = None,
     epoch: int | None = None,
+    rows_on: str = "auto",
     tasks: int | None = None,
 ) -> dict[str, Any]:
     """Test accuracy of an entry, a checkpoint, or a net loaded from one.
@@ -36,6 +38,7 @@ def evaluate(
         data_dir: where data sets are (:func:`pizoo.data.data_directory`).
         device: None: the net's own, for a name a GPU if there is one.
         epoch: of a training checkpoint; None: the one its training chose, else the last.
+        rows_on: of a name, where its rows are kept (:func:`pizoo.load`).
         tasks: of a few-shot learner, on how many tasks of each split; None: as many as its recipe says.
 
     Returns:
@@ -49,14 +52,15 @@ def evaluate(
     if isinstance(model_or_entry, nn.Module):
         model = model_or_entry if device is None else model_or_entry.to(device)
     else:
-        model = zoo.load(model_or_entry, device=choose_device(device), epoch=epoch)
+        model = zoo.load(model_or_entry, device=choose_device(device), epoch=epoch, rows_on=rows_on)
     if not hasattr(model, "config"):
         raise ValueError(
             "model was not loaded by pizoo.load: its data and preprocessing are unknown; call predict instead"
         )
     if task_settings := model.config["recipe"].get("tasks"):
         pools = dataset or load_tasks(model.config["recipe"]["data"]["name"], data_dir)
-        found = measure_splits(model, pools, task_settings, tasks)
+        with explained(_ran_out):
+            found = measure_splits(model, pools, task_settings, tasks).recorded
         return {**found, "data": model.config["recipe"]["data"]["name"], "seconds": time.perf_counter() - begin}
     if tasks is not None:
         raise ValueError(f"tasks is {tasks}; this net does not learn from tasks, and is measured on its test images")
@@ -65,13 +69,18 @@ def evaluate(
     if dataset.test_x is None:
         raise ValueError(f"data set {dataset.name!r} has no test part to evaluate on")
     attach_training_images(model, dataset.train_x, normalize)
-    logits = predict(model, dataset.test_x, normalize)
+    with explained(_ran_out):
+        logits = predict(model, dataset.test_x, normalize)
     return {
         "accuracy": accuracy(logits, dataset.test_y),
         "images": len(dataset.test_y),
         "data": dataset.name,
         "seconds": time.perf_counter() - begin,
     }
+
+
+def _ran_out(reported: str) -> str:
+    return f"evaluation ran out of memory: {reported}. Rows kept off the GPU (--rows-on host, rows_on='host') stream"
 
 
 def attach_training_images(model: nn.Module, train_x: Tensor, normalize) -> None:
@@ -86,13 +95,14 @@ def classify(
     *,
     device: torch.device | str | None = None,
     top: int = 3,
+    rows_on: str = "auto",
 ) -> list[list[tuple[str, float]]]:
     """The likeliest classes of image files, with their probabilities (for kernel regressors: scores).
 
     Raises:
         ValueError: a net that takes no images, a file that is none.
     """
-    model = zoo.load(entry, device=device)
+    model = zoo.load(entry, device=None if device is None else choose_device(device), rows_on=rows_on)
     data = model.config["recipe"]["data"]
     if model.config["recipe"].get("tasks"):
         raise ValueError(

@@ -6,18 +6,18 @@ machine, and the first tasks are the same however many are measured.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from pizoo import checkpoint
-from pizoo.data import TaskPool, frozen_uniform, load_tasks
+from pizoo.data import TaskPool, frozen_uniform
+from pizoo.evaluation.accuracy import percent
 from pizoo.models.adapt import Adaptable
 
 Learner = Callable[[Tensor, Tensor], Callable[[Tensor], Tensor]]
@@ -49,10 +49,25 @@ class TaskAccuracy:
         return None if self.standard_error is None else NORMAL_95 * self.standard_error
 
     @classmethod
-    def of(cls, accuracies: Tensor) -> TaskAccuracy:
-        """From percent per task [T]."""
+    def of(cls, correct: Tensor) -> TaskAccuracy:
+        """From which queries of each task are classified right, bool [T, Q]."""
+        accuracies = 100 * correct.double().mean(1)
         spread = (accuracies.std() / len(accuracies) ** 0.5).item() if len(accuracies) > 1 else None
-        return cls(accuracies.mean().item(), spread, len(accuracies))
+        return cls(percent(correct), spread, len(correct))
+
+
+class Measured(NamedTuple):
+    """A net's accuracy on every split.
+
+    Attributes:
+        recorded: what an entry records of it: ``accuracy`` in percent on the headline ``split``; ``splits``, a
+            :class:`TaskAccuracy` of each as plain values; ``verification``, the accuracy on the first of the headline's tasks,
+            and how many these are.
+        correct: bool [T, Q], which queries of the headline's tasks are classified right.
+    """
+
+    recorded: dict[str, Any]
+    correct: Tensor
 
 
 def adapter(model: Adaptable, tasks: Mapping[str, Any]) -> Learner:
@@ -70,7 +85,7 @@ def adapter(model: Adaptable, tasks: Mapping[str, Any]) -> Learner:
 
 
 @torch.no_grad()
-def task_accuracies(
+def task_correct(
     model: Adaptable,
     learner: Learner,
     pool: TaskPool,
@@ -79,7 +94,7 @@ def task_accuracies(
     queries: int = 1,
     seed: int = TEST_SEED,
 ) -> Tensor:
-    """Percent of queries classified right on each of ``count`` tasks, [count] on the CPU.
+    """Which queries of each of ``count`` tasks are classified right, bool [count, Q] on the CPU.
 
     Args:
         model: a net or kernel learner, put into eval mode meanwhile; a task has as many ways as it has outputs.
@@ -107,7 +122,7 @@ def task_accuracies(
                 logits = learner(batch.support_x, batch.support_y)(batch.query_x)
                 if not logits.isfinite().all():
                     raise ValueError("logits of queries hold values that are not finite; the net makes no prediction")
-                parts.append(100 * (logits.argmax(-1) == batch.query_y).double().mean(1).cpu())
+                parts.append((logits.argmax(-1) == batch.query_y).cpu())
     finally:
         model.train(training)
     return torch.cat(parts)
@@ -119,40 +134,35 @@ def split_pool(pools: Mapping[str, TaskPool], split: str) -> TaskPool:
     return pool.rotated() if split.endswith(ROTATED) else pool
 
 
+def split_correct(
+    model: Adaptable,
+    pools: Mapping[str, TaskPool],
+    tasks: Mapping[str, Any],
+    split: str | None = None,
+    count: int | None = None,
+) -> Tensor:
+    """:func:`task_correct` as a recipe's ``tasks`` part says, of a split (None: the headline).
+
+    ``count`` is of its first tasks; None: ``test_tasks``.
+    """
+    learner, pool = adapter(model, tasks), split_pool(pools, split or tasks["headline"])
+    return task_correct(model, learner, pool, count or tasks["test_tasks"], tasks["shots"], tasks["queries"])
+
+
 def measure_splits(
     model: Adaptable, pools: Mapping[str, TaskPool], tasks: Mapping[str, Any], count: int | None = None
-) -> dict[str, Any]:
-    """What an entry records of a net: accuracy on ``count`` tasks (None: the recipe's ``test_tasks``) of every split.
-
-    Returns:
-        ``accuracy`` in percent on the headline ``split``; ``splits``: a :class:`TaskAccuracy` of each, as plain values;
-        ``verification``: the accuracy on the first of the headline's tasks, and how many these are.
-    """
-    learner, splits = adapter(model, tasks), {}
-    for split in SPLITS:
-        count = count or tasks["test_tasks"]
-        found = task_accuracies(model, learner, split_pool(pools, split), count, tasks["shots"], tasks["queries"])
-        splits[split] = asdict(TaskAccuracy.of(found))
-        if split == tasks["headline"]:
-            first = TaskAccuracy.of(found[:VERIFIED_TASKS])
-    headline = splits[tasks["headline"]]
-    return {
-        "accuracy": headline["accuracy"],
+) -> Measured:
+    """Accuracy on ``count`` tasks (None: the recipe's ``test_tasks``) of every split."""
+    correct = {split: split_correct(model, pools, tasks, split, count) for split in SPLITS}
+    headline = correct[tasks["headline"]]
+    first = TaskAccuracy.of(headline[:VERIFIED_TASKS])
+    recorded = {
+        "accuracy": TaskAccuracy.of(headline).accuracy,
         "split": tasks["headline"],
-        "splits": splits,
+        "splits": {split: asdict(TaskAccuracy.of(right)) for split, right in correct.items()},
         "verification": {"tasks": first.tasks, "accuracy": first.accuracy},
     }
-
-
-def remeasure(
-    model: Adaptable, config: Mapping[str, Any], results: Mapping[str, Any], data_dir: str | os.PathLike | None = None
-) -> tuple[float, TaskAccuracy]:
-    """The recorded accuracy on the first tasks of the headline split, and what these tasks give now."""
-    data, tasks, recorded = config["recipe"]["data"], config["recipe"]["tasks"], results["verification"]
-    pool = split_pool(load_tasks(data["name"], data_dir), results["split"])
-    learner = adapter(model, tasks)
-    found = task_accuracies(model, learner, pool, recorded["tasks"], tasks["shots"], tasks["queries"])
-    return recorded["accuracy"], TaskAccuracy.of(found)
+    return Measured(recorded, headline)
 
 
 @torch.no_grad()
@@ -166,4 +176,5 @@ def save_with_task_probe(
     )
     support_x, support_y, x = (part[0].to(anchor.device) for part in (batch.support_x, batch.support_y, batch.query_x))
     logits = adapter(model.eval(), tasks)(support_x, support_y)(x)
-    checkpoint.save(folder, model, config, x, logits, (support_x, support_y))
+    probe = {"x": x, "logits": logits, "support_x": support_x, "support_y": support_y}
+    checkpoint.save(folder, model, config, probe)

@@ -95,15 +95,7 @@ class PiNet(Adaptable):
         Raises:
             RuntimeError: missing or unexpected keys (when ``strict``), shapes that do not fit.
         """
-        if problems := state_problems(self, state_dict):
-            raise RuntimeError(f"{type(self).__name__} cannot load this state: " + "; ".join(problems))
-        if strict:
-            own = {name for name, _ in persistent_tensors(self)}
-            missing, unexpected = sorted(own - set(state_dict)), sorted(set(state_dict) - own)
-            if missing or unexpected:
-                raise RuntimeError(
-                    f"{type(self).__name__} cannot load this state: missing keys {missing}, unexpected keys {unexpected}"
-                )
+        check_state(self, state_dict, strict)
         return super().load_state_dict(state_dict, strict, assign)
 
 
@@ -141,6 +133,19 @@ def infinite_readout(hparams: Mapping[str, Any], device=None, dtype: torch.dtype
         device=device,
         dtype=dtype,
     )
+
+
+def check_state(model: nn.Module, state_dict: Mapping[str, Tensor], strict: bool = True) -> None:
+    """Raise RuntimeError unless ``model`` can load ``state_dict``, of which names and shapes matter alone."""
+    if problems := state_problems(model, state_dict):
+        raise RuntimeError(f"{type(model).__name__} cannot load this state: " + "; ".join(problems))
+    if strict:
+        own = {name for name, _ in persistent_tensors(model)}
+        missing, unexpected = sorted(own - set(state_dict)), sorted(set(state_dict) - own)
+        if missing or unexpected:
+            raise RuntimeError(
+                f"{type(model).__name__} cannot load this state: missing keys {missing}, unexpected keys {unexpected}"
+            )
 
 
 def state_problems(model: nn.Module, state_dict: Mapping[str, Tensor]) -> list[str]:

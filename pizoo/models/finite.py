@@ -239,5 +239,6 @@ def _output_of_units(layer: InfPiLinear, omega: Tensor) -> Tensor:
     dtype = torch.promote_types(layer.A.dtype, torch.float32)
     total = torch.zeros(layer.A.shape[1], len(omega), device=omega.device, dtype=dtype)
     for A, B, amult in zip(*(t.detach().split(ROWS_AT_ONCE) for t in (layer.A, layer.B, layer.amult)), strict=True):
-        total += (amult[:, None] * A.to(dtype)).T @ torch.relu(B.to(dtype) @ omega.to(dtype).T)
+        # Rows may be kept on the host.
+        total += (amult[:, None] * A.to(total)).T @ torch.relu(B.to(total) @ omega.to(dtype).T)
     return total

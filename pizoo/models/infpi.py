@@ -9,6 +9,7 @@ from pizoo import functional
 from pizoo.models.base import PiNet, infinite_layers, infinite_readout
 from pizoo.models.finite import FinPiMLP
 from pizoo.nn import InfPiLinear
+from pizoo.rows import Place
 
 
 class InfPiMLP(PiNet):
@@ -71,9 +72,23 @@ class InfPiMLP(PiNet):
                 layer.to_rows_dtype(rows_dtype)
 
     def new_readout(self) -> None:
-        rows_dtype = self.output.A.dtype
+        rows_dtype, rows_on = self.output.A.dtype, self.output.rows_on
         self.output = infinite_readout(self.hparams, self.input.A.device, self.input.A.dtype)
         self.output.to_rows_dtype(rows_dtype)
+        self.output.keep_rows_on(rows_on)
+
+    def keep_rows_on(self, place: Place) -> InfPiMLP:
+        """Keep the rows of growing layers, where nearly all memory is, on the net's "device" or on the "host".
+
+        From the host they stream to the net's device in every forward and backward pass, in page-locked memory at the speed
+        of the bus. They stay there whatever device the net is moved to. Returns the net.
+
+        Raises:
+            ValueError: another place.
+        """
+        for layer in self.growing_layers.values():
+            layer.keep_rows_on(place)
+        return self
 
     @property
     def growing_layers(self) -> dict[str, InfPiLinear]:

@@ -1,8 +1,8 @@
 """The growing layer's forward and backward: one function that picks the implementation.
 
 ``reference`` says what is computed; ``blocked`` (plain torch, little memory) and ``triton`` (fused, CUDA) compute the
-same. The choice follows device, dtype and shape. ``PIZOO_OPS=reference|blocked|triton`` forces one for a process,
-:func:`use` for a block of code.
+same, and ``streamed`` hands them rows that stay in host memory. The choice follows device, dtype and shape.
+``PIZOO_OPS=reference|blocked|triton`` forces one for a process, :func:`use` for a block of code.
 """
 
 from __future__ import annotations
@@ -75,6 +75,8 @@ def fused(gbar: Tensor, A: Tensor, op: str = "growing_forward") -> bool:
 def _run(op: str, gbar: Tensor, A: Tensor, B: Tensor, amult: Tensor, *delta: Tensor, count: Tensor | None):
     _check_rows(gbar, A, B, amult)
     forced = _check_name(_forced)
+    if A.device.type == "cpu" and gbar.device.type != "cpu":
+        return getattr(_module("streamed"), op)(gbar, A, B, amult, *delta, count=count)
     if fused(gbar, A, op):
         try:
             return getattr(_module("triton"), op)(gbar, A, B, amult, *delta, count=count)

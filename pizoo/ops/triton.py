@@ -23,6 +23,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from pizoo.ops import jacobian
+
 
 @triton.jit
 def _arc_cosine_kernels(q):
@@ -180,6 +182,7 @@ def _forward_kernel(
     r_out: tl.constexpr,
     stride_A: tl.constexpr,
     stride_B: tl.constexpr,
+    line: tl.constexpr,
     B_STARTS: tl.constexpr,
     B_WIDTHS: tl.constexpr,
     A_STARTS: tl.constexpr,
@@ -189,7 +192,7 @@ def _forward_kernel(
     STAGES: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """``partial[program]``, [b, r_out]: ``Σ F00(q) amult A`` over this program's rows."""
+    """``partial[program]``, [b, line]: ``Σ F00(q) amult A`` over this program's rows."""
     program, programs = tl.program_id(1), tl.num_programs(1)
     count = _rows_in_use(count, M)
     blocks = tl.cdiv(count, ROWS)
@@ -208,8 +211,8 @@ def _forward_kernel(
             coefficients = (F00 * (multipliers * inverse)[None, :]).to(dtype)
             sums = _accumulate(sums, factor, coefficients, A_tiles, PRECISION)
             multipliers = next_multipliers
-        partial += program.to(tl.int64) * b * r_out
-        _store(partial, sample, b, r_out, r_out, sums, unit, A_STARTS, A_WIDTHS)
+        partial += program.to(tl.int64) * b * line
+        _store(partial, sample, b, line, r_out, sums, unit, A_STARTS, A_WIDTHS)
 
 
 @triton.jit(do_not_specialize=["M", "b"])
@@ -227,6 +230,7 @@ def _backward_kernel(
     r_out: tl.constexpr,
     stride_A: tl.constexpr,
     stride_B: tl.constexpr,
+    line: tl.constexpr,
     B_STARTS: tl.constexpr,
     B_WIDTHS: tl.constexpr,
     A_STARTS: tl.constexpr,
@@ -236,7 +240,7 @@ def _backward_kernel(
     STAGES: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """``partial[program]``, [b, r + 1]: ``Σ dγ F11(q) B`` over this program's rows; last column: ``Σ dγ F02(q)``."""
+    """``partial[program]``, [b, line]: ``Σ dγ F11(q) B`` over this program's rows; column r: ``Σ dγ F02(q)``."""
     program, programs = tl.program_id(1), tl.num_programs(1)
     count = _rows_in_use(count, M)
     blocks = tl.cdiv(count, ROWS)
@@ -265,75 +269,9 @@ def _backward_kernel(
             coefficients = (coefficients * inverse[:, None]).to(dtype)
             sums = _accumulate(sums, factor[:, None], coefficients, B_tiles, PRECISION)
             multipliers = next_multipliers
-        partial += program.to(tl.int64) * b * (r + 1)
-        _store(partial, sample, b, r + 1, r, sums, (unit * delta_unit)[:, None], B_STARTS, B_WIDTHS)
-        tl.store(partial + sample * (r + 1) + r, tl.sum(along, 1) * delta_unit, mask=sample < b)
-
-
-@triton.jit(do_not_specialize=["M", "b"])
-def _jacobian_kernel(
-    gbar,
-    A,
-    B,
-    amult,
-    count,
-    partial,
-    M,
-    b,
-    r: tl.constexpr,
-    r_out: tl.constexpr,
-    stride_A: tl.constexpr,
-    stride_B: tl.constexpr,
-    B_STARTS: tl.constexpr,
-    B_WIDTHS: tl.constexpr,
-    A_STARTS: tl.constexpr,
-    A_WIDTHS: tl.constexpr,
-    ROWS: tl.constexpr,
-    BATCH: tl.constexpr,
-    STAGES: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """``partial[program]``, [b r_out, r + 2]: ``Σ F11(q) w B``, ``Σ F00(q) w``, ``Σ F02(q) w`` with w = amult A."""
-    program, programs = tl.program_id(1), tl.num_programs(1)
-    count = _rows_in_use(count, M)
-    blocks = tl.cdiv(count, ROWS)
-    if program < blocks:
-        first = tl.program_id(0) * BATCH
-        sample = first + tl.arange(0, BATCH)
-        output = tl.arange(0, 16)
-        dtype: tl.constexpr = A.dtype.element_ty
-        inputs = _multiply(_load_inputs(gbar, sample, b, r, B_STARTS, B_WIDTHS), 1.0, dtype)
-        unit, top = 1.0, 0.0
-        jacobians = ()
-        for o in tl.static_range(len(A_WIDTHS)):
-            jacobians += (_zeros(BATCH * A_WIDTHS[o], B_WIDTHS),)
-        sums = tl.zeros((2 * BATCH, 16), tl.float32)
-        multipliers = _load_multipliers(amult, program, count, ROWS)
-        for block in tl.range(program, blocks, programs, num_stages=STAGES):
-            B_tiles = _load_rows(B, block, count, r, stride_B, ROWS, B_STARTS, B_WIDTHS)
-            A_tiles = _load_rows(A, block, count, r_out, stride_A, ROWS, A_STARTS, A_WIDTHS)
-            (A_tile,) = _load_rows(A, block, count, r_out, stride_A, ROWS, (0,), (16,))
-            next_multipliers = _load_multipliers(amult, block + programs, count, ROWS)
-            F00, F11, F02 = _arc_cosine_kernels(_contract(inputs, B_tiles, PRECISION))
-            weights = A_tile.to(tl.float32) * multipliers[:, None]
-            unit, inverse, top, factor = _rescale(unit, top, tl.max(tl.abs(weights)))
-            both = tl.join(F00, F02).permute(0, 2, 1).reshape(2 * BATCH, ROWS).to(dtype)
-            sums = tl.dot(both, (weights * inverse).to(dtype), sums * factor, input_precision=PRECISION)
-            multipliers *= inverse
-            new = ()
-            for o in tl.static_range(len(A_WIDTHS)):
-                weights = (A_tiles[o].to(tl.float32) * multipliers[:, None]).T
-                products = (F11[:, None, :] * weights[None, :, :]).to(dtype).reshape(BATCH * A_WIDTHS[o], ROWS)
-                new += (_accumulate(jacobians[o], factor, products, B_tiles, PRECISION),)
-            jacobians, multipliers = new, next_multipliers
-        partial += program.to(tl.int64) * b * r_out * (r + 2)
-        for o in tl.static_range(len(A_WIDTHS)):
-            n = tl.arange(0, BATCH * A_WIDTHS[o])
-            pair = (first + n // A_WIDTHS[o]) * r_out + A_STARTS[o] + n % A_WIDTHS[o]
-            _store(partial, pair, b * r_out, r + 2, r, jacobians[o], unit, B_STARTS, B_WIDTHS)
-        n = tl.arange(0, 2 * BATCH)[:, None]
-        pointer = partial + ((first + n // 2) * r_out + output[None, :]) * (r + 2) + r + n % 2
-        tl.store(pointer, sums * unit, mask=(first + n // 2 < b) & (output < r_out)[None, :])
+        partial += program.to(tl.int64) * b * line
+        _store(partial, sample, b, line, r, sums, (unit * delta_unit)[:, None], B_STARTS, B_WIDTHS)
+        tl.store(partial + sample * line + r, tl.sum(along, 1) * delta_unit, mask=sample < b)
 
 
 @triton.jit(do_not_specialize=["M", "programs", "length"])
@@ -341,11 +279,13 @@ def _reduce_kernel(
     partial,
     gbar,
     out,
+    beside,
     count,
     M,
     programs,
     length,
     columns: tl.constexpr,
+    line: tl.constexpr,
     r: tl.constexpr,
     group: tl.constexpr,
     ALONG: tl.constexpr,
@@ -353,32 +293,36 @@ def _reduce_kernel(
     PROGRAMS: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    """``out [length, columns]``: partial sums [programs, length, columns (+ 1)] added in a fixed order.
+    """``out [length, columns]``: partial sums [programs, length, line] added in a fixed order.
 
-    With ``ALONG`` the last column of the sums multiplies gbar and is added to the first r columns.
+    With ``beside`` the column after those goes there, [length]. With ``ALONG`` the column after that multiplies gbar and is
+    added to the first r columns.
     """
     i = tl.program_id(0)
     column = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
     program = tl.arange(0, PROGRAMS)
     active = tl.minimum(programs, tl.cdiv(_rows_in_use(count, M), ROWS))
-    pointer = partial + (program.to(tl.int64) * length + i) * (columns + ALONG)
+    BESIDE: tl.constexpr = beside is not None
+    pointer = partial + (program.to(tl.int64) * length + i) * line
     mask = program < active
-    terms = tl.load(pointer[:, None] + column[None, :], mask=mask[:, None] & (column < columns)[None, :], other=0.0)
+    there = column < columns + BESIDE
+    terms = tl.load(pointer[:, None] + column[None, :], mask=mask[:, None] & there[None, :], other=0.0)
     total = tl.sum(terms, 0)
     if ALONG:
-        along = tl.sum(tl.load(pointer + columns, mask=mask, other=0.0), 0)
+        along = tl.sum(tl.load(pointer + columns + BESIDE, mask=mask, other=0.0), 0)
         total += along * tl.load(gbar + (i // group) * r + column, mask=column < r, other=0.0)
     tl.store(out + i * columns + column, total, mask=column < columns)
+    if BESIDE:
+        tl.store(beside + i + column - columns, total, mask=column == columns)
 
 
 class Launch(NamedTuple):
-    """How an op is cut: rows a block, samples a tile, warps a program, stages of its loads, narrowest piece."""
+    """How an op is cut: rows a block, samples a tile, warps a program, stages of its loads."""
 
     rows: int
     batch: int
     warps: int
     stages: int
-    narrowest: int = 16
 
 
 def growing_forward(gbar: Tensor, A: Tensor, B: Tensor, amult: Tensor, count: Tensor | None = None) -> Tensor:
@@ -397,9 +341,13 @@ def growing_forward_jacobian(
     gbar: Tensor, A: Tensor, B: Tensor, amult: Tensor, count: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Output and Jacobian in one pass, float32; see :func:`pizoo.ops.reference.growing_forward_jacobian`."""
-    (b, r), r_out = gbar.shape, A.shape[1]
-    both = _run(_jacobian_kernel, gbar, A, B, amult, count).view(b, r_out, r + 1)
-    return both[:, :, r], both[:, :, :r]
+    (b, r), (M, r_out) = gbar.shape, A.shape
+    gbar, amult = gbar.to(torch.float32).contiguous(), amult.to(torch.float32).contiguous()
+    with torch.cuda.device_of(A):
+        partial = jacobian.partial_sums(gbar, A, B, amult, count)
+        out, gradients = gbar.new_empty(b, r_out), gbar.new_empty(b, r_out, r)
+        add_up(partial, gradients, count, M, jacobian.ROWS, gbar, out)
+    return out, gradients
 
 
 def unavailable(device: torch.device) -> str | None:
@@ -414,7 +362,9 @@ def unavailable(device: torch.device) -> str | None:
 def supports(op: str, gbar: Tensor, A: Tensor) -> bool:
     """Whether the kernels cover these dtypes and shapes; sums of wider layers would not fit registers."""
     r, r_out = gbar.shape[1], A.shape[1]
-    fits = (r <= 512 and r_out <= 16) if op == "growing_forward_jacobian" else (r <= 1024 and r_out <= 1024)
+    if op == "growing_forward_jacobian":
+        return len(gbar) > 0 and A.is_cuda and jacobian.supports(r, r_out, A.dtype, A.device)
+    fits = r <= 1024 and r_out <= 1024
     return fits and len(gbar) > 0 and A.dtype in (torch.float16, torch.bfloat16, torch.float32)
 
 
@@ -425,60 +375,81 @@ def _run(kernel, gbar: Tensor, A: Tensor, B: Tensor, amult: Tensor, count: Tenso
 
 
 def _run_on_current_device(kernel, gbar, A, B, amult, count, *delta) -> Tensor:
-    """The layer's output [b, r_out], the gradient [b, r], or Jacobian with output as last column [b r_out, r + 1]."""
+    """The layer's output [b, r_out] or the gradient [b, r]."""
     (b, r), (M, r_out) = gbar.shape, A.shape
     gbar, amult = gbar.to(torch.float32).contiguous(), amult.to(torch.float32).contiguous()
     A, B = (rows if rows.stride(1) == 1 else rows.contiguous() for rows in (A, B))
     launch = _choose_launch(kernel, b, r, r_out, A.element_size(), A.device)
-    B_pieces, A_pieces = (_pieces(n, launch.narrowest, 256) for n in (r, r_out))
-    length, columns, along, group = b, r, True, 1
-    if kernel is _forward_kernel:
-        columns, along = r_out, False
-    elif kernel is _jacobian_kernel:
-        length, columns, group, A_pieces = b * r_out, r + 1, r_out, _pieces(r_out, 1, 2)
+    out = gbar.new_empty(b, r if delta else r_out)
+    line = padded(out.shape[1] + len(delta))
     strides, cut = (A.stride(0), B.stride(0)), (launch.rows, launch.batch, launch.stages)
-    constants = (r, r_out, *strides, *B_pieces, *A_pieces, *cut, "tf32x3" if A.dtype == torch.float32 else "ieee")
+    pieces = (*_pieces(r), *_pieces(r_out))
+    constants = (r, r_out, *strides, line, *pieces, *cut, "tf32x3" if A.dtype == torch.float32 else "ieee")
 
     tiles = triton.cdiv(b, launch.batch)
     start = functools.partial(kernel.warmup, gbar, A, B, amult, *delta, count, gbar, M, b, *constants, grid=(1,))
     programs = max(1, _resident(start, launch.warps, (kernel, A.dtype, count is None, constants), A.device) // tiles)
-    partial, out = gbar.new_empty(programs, length, columns + along), gbar.new_empty(length, columns)
-    width = 32
+    partial = gbar.new_empty(programs, b, line)
     kernel[(tiles, programs)](gbar, A, B, amult, *delta, count, partial, M, b, *constants, num_warps=launch.warps)
-    _reduce_kernel[(length, triton.cdiv(columns, width))](
-        *(partial, gbar, out, count, M, programs, length),
-        *(columns, r, group, along, launch.rows, triton.next_power_of_2(programs), width),
+    add_up(partial, out, count, M, launch.rows, gbar if delta else None)
+    return out
+
+
+def add_up(
+    partial: Tensor,
+    out: Tensor,
+    count: Tensor | None,
+    M: int,
+    rows: int,
+    gbar: Tensor | None = None,
+    beside: Tensor | None = None,
+) -> None:
+    """Add up the shares of the programs that had a block of ``rows`` rows of M, or of ``count``, in a fixed order.
+
+    Args:
+        partial: float32 [programs, ..., line].
+        out: [..., columns].
+        gbar: [b, r]; times the column after all others, it is added to the first r columns.
+        beside: where the column after those of ``out`` goes [...].
+    """
+    programs, columns, width = len(partial), out.shape[-1], 32
+    length = out.numel() // columns
+    r, group = (1, 1) if gbar is None else (gbar.shape[1], length // len(gbar))
+    _reduce_kernel[(length, triton.cdiv(columns + (beside is not None), width))](
+        *(partial, gbar, out, beside, count, M, programs, length, columns, partial.shape[-1]),
+        *(r, group, gbar is not None, rows, triton.next_power_of_2(programs), width),
         num_warps=8,
     )
-    return out
+
+
+def padded(columns: int) -> int:
+    """Columns of a line of partial sums: lines that start at multiples of 16 bytes are read in fewer loads."""
+    return -(-columns // 4) * 4
 
 
 def _choose_launch(kernel, b: int, r: int, r_out: int, itemsize: int, device: torch.device) -> Launch:
     """The first that fits shared memory of the launches that were fastest at r = 400 on an H200."""
-    if kernel is _jacobian_kernel:
-        launches = [Launch(rows, 8, 8, 3, narrowest=32) for rows in (64, 32, 16)]
-    else:
-        launches = [Launch(32, 8, 4, 3), Launch(32, 8, 4, 2), Launch(16, 8, 4, 3), Launch(16, 8, 4, 2)]
-        if b > 32 and itemsize == 2 and r <= 512 and r_out <= 512:
-            wide = [Launch(32, 128, 8, 2)] if b > 64 and kernel is _forward_kernel else []
-            launches = [*wide, Launch(32, 64, 8, 3), Launch(32, 64, 8, 2), *launches]
+    launches = [Launch(32, 8, 4, 3), Launch(32, 8, 4, 2), Launch(16, 8, 4, 3), Launch(16, 8, 4, 2)]
+    if b > 32 and itemsize == 2 and r <= 512 and r_out <= 512:
+        wide = [Launch(32, 128, 8, 2)] if b > 64 and kernel is _forward_kernel else []
+        launches = [*wide, Launch(32, 64, 8, 3), Launch(32, 64, 8, 2), *launches]
     available = _properties(device).shared_memory_per_block_optin if device.type == "cuda" else 1 << 17
     for launch in launches:
         buffers = launch.stages - (launch.batch < 64)
         inputs = r + r_out if kernel is _backward_kernel else r
         used = itemsize * (launch.batch * inputs + buffers * launch.rows * (r + r_out))
         # Programs of few samples wait more than they compute: two of them must fit.
-        if used <= (available if launch.batch >= 64 or kernel is _jacobian_kernel else available // 2 - 1024):
+        if used <= (available if launch.batch >= 64 else available // 2 - 1024):
             break
     return launch
 
 
-def _pieces(n: int, narrowest: int, widest: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Cut n columns into pieces that cover them: their first columns and their widths, powers of two."""
-    starts, widths, left = [], [], -(-n // narrowest) * narrowest
+def _pieces(n: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Cut n columns into pieces that cover them: their first columns and their widths, powers of two from 16 to 256."""
+    starts, widths, left = [], [], -(-n // 16) * 16
     while left:
         starts.append(sum(widths))
-        widths.append(min(widest, 1 << (left.bit_length() - 1)))
+        widths.append(min(256, 1 << (left.bit_length() - 1)))
         left -= widths[-1]
     return tuple(starts), tuple(widths)
 

@@ -15,25 +15,27 @@ import torch
 
 from pizoo import checkpoint
 from pizoo.data import FewShotBatch, TaskPool, device_uniform
+from pizoo.evaluation.accuracy import percent
 from pizoo.evaluation.fewshot import (
     VALIDATION_SEED,
+    Measured,
     adapter,
     measure_splits,
     save_with_task_probe,
     split_pool,
-    task_accuracies,
+    task_correct,
 )
 from pizoo.recipes import Recipe, RecipeError
 from pizoo.training.fewshot import clip_outer_gradient, task_results
 from pizoo.training.plan import samples_per_epoch
-from pizoo.training.report import StepProgress
+from pizoo.training.report import LapTimer, StepProgress
 from pizoo.training.state import Snapshot, restore
-from pizoo.training.supervised import REMEDY, TrainingDiverged, TrainResult, _Training, check_folder, training_results
+from pizoo.training.supervised import REMEDY, Training, TrainingDiverged, TrainResult, check_folder, training_results
 
 SELECTED = "validation_rotated"
 
 
-class MetaTraining(_Training):
+class MetaTraining(Training):
     """One few-shot training: as a supervised one, with tasks for batches and a choice of epoch in the end."""
 
     @staticmethod
@@ -46,11 +48,12 @@ class MetaTraining(_Training):
                     f"{pool.name}: images are {list(pool.input_size)}; they must be {list(recipe.data.input_size)}"
                 )
 
-    def _take(self, dataset: dict[str, TaskPool]) -> int:
-        self.pool, self.validation = (split_pool(dataset, s).to(self.device) for s in ("train_rotated", SELECTED))
+    def _sizes(self) -> tuple[int, int]:
+        return samples_per_epoch(self.recipe), self.recipe.train.steps_per_epoch
+
+    def _take(self) -> None:
+        self.pool, self.validation = (split_pool(self.dataset, s).to(self.device) for s in ("train_rotated", SELECTED))
         self.class_names = class_names(self.recipe)
-        self.steps_per_epoch = self.recipe.train.steps_per_epoch
-        return samples_per_epoch(self.recipe)
 
     def _wants_engine(self, asked: bool | None) -> bool:
         if asked:
@@ -117,7 +120,7 @@ class MetaTraining(_Training):
         tasks = self.recipe.tasks
         learner = adapter(self.model, tasks.model_dump())
         count, shape = tasks.validation_tasks, (tasks.shots, tasks.queries)
-        return task_accuracies(self.model, learner, self.validation, count, *shape, VALIDATION_SEED).mean().item()
+        return percent(task_correct(self.model, learner, self.validation, count, *shape, VALIDATION_SEED))
 
     def _finish(self) -> None:
         self.best.restore(self.model)
@@ -126,45 +129,41 @@ class MetaTraining(_Training):
     def _results(self) -> dict[str, Any]:
         best = max(self.history, key=lambda record: record["validation_accuracy"])
         chosen = {"epoch": best["epoch"], "accuracy": best["validation_accuracy"], "note": f"on {SELECTED}"}
-        return task_training_results(self.recipe, self.history, self.dataset, self.model, self.device) | {
-            "best_epoch": chosen
-        }
+        measured = measure_splits(self.model, self.dataset, self.recipe.tasks.model_dump()).recorded
+        return {**task_training_results(self.recipe, self.history, measured, self.device), "best_epoch": chosen}
 
 
 def measure_kernel(
     recipe: Recipe, dataset: dict[str, TaskPool], folder: Path | None, device: torch.device
 ) -> TrainResult:
     """A kernel learner, which has nothing to train, and its accuracies; if ``folder`` holds them already, they are read."""
-    model = recipe.build_model(device).eval()
+    timer, model = LapTimer(), recipe.build_model(device).eval()
     if folder is not None:
         check_folder(folder, recipe)
         if (folder / checkpoint.RESULTS).exists():
             results = checkpoint.read_json(folder / checkpoint.RESULTS)
             return TrainResult(checkpoint.load(folder, device=device)[0], recipe, folder, results["history"], results)
-    record = {"epoch": 0, "train_seconds": 0.0}
-    results = task_training_results(recipe, [record], dataset, model, device)
-    results["best_epoch"] = {"epoch": 0, "accuracy": results["splits"][SELECTED]["accuracy"], "note": f"on {SELECTED}"}
+    tasks = recipe.tasks.model_dump()
+    measured = measure_splits(model, dataset, tasks).recorded
+    best = {"epoch": 0, "accuracy": measured["splits"][SELECTED]["accuracy"], "note": f"on {SELECTED}"}
+    record = {"epoch": 0, "train_seconds": 0.0, "wall_seconds": timer.lap()}
+    results = {**task_training_results(recipe, [record], measured, device), "best_epoch": best}
     if folder is not None:
-        tasks = recipe.tasks.model_dump()
         save_with_task_probe(folder, model, recipe.config(class_names(recipe)), dataset["test"], tasks)
         checkpoint.write_json(folder / checkpoint.RESULTS, results)
     return TrainResult(model, recipe, folder, [record], results)
 
 
 def task_training_results(
-    recipe: Recipe,
-    history: list[dict[str, Any]],
-    pools: dict[str, TaskPool],
-    model: torch.nn.Module,
-    device: torch.device,
+    recipe: Recipe, history: list[dict[str, Any]], measured: dict[str, Any], device: torch.device
 ) -> dict[str, Any]:
-    """What a finished few-shot training records; see :func:`pizoo.evaluation.fewshot.measure_splits`."""
+    """What a finished few-shot training records, with what was ``measured`` on every split."""
     results = training_results(recipe, history, device)
     results["data"]["part"] = recipe.tasks.headline
-    return {**results, **measure_splits(model, pools, recipe.tasks.model_dump())}
+    return {**results, **measured}
 
 
-def ship(outcome: TrainResult, card: Path, pools: dict[str, TaskPool]) -> dict[str, Any]:
+def ship(outcome: TrainResult, card: Path, pools: dict[str, TaskPool]) -> Measured:
     """Write the net of ``outcome`` into its card, and measure what a user will load from there on every split."""
     recipe = outcome.recipe
     tasks = recipe.tasks.model_dump()

@@ -6,8 +6,10 @@ import torch
 from torch import Tensor, nn
 
 from pizoo.checkpoint import CheckpointError, Epoch, growing_layers
+from pizoo.memory import is_out_of_memory
 from pizoo.models.base import persistent_tensors
 from pizoo.optim import PiSGD
+from pizoo.rows import GrowingWeight
 
 
 def optimizer_tensors(model: nn.Module, optimizer: PiSGD) -> dict[str, Tensor]:
@@ -23,22 +25,23 @@ def optimizer_tensors(model: nn.Module, optimizer: PiSGD) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def restore(model: nn.Module, optimizer: PiSGD, epoch: Epoch) -> None:
-    """Put net and optimizer where they stood after ``epoch``, to the bit.
+    """Put net and optimizer where they stood after ``epoch``, to the bit; rows go into the room reserved for them.
 
     Raises:
         CheckpointError: the checkpoint is of another net.
     """
     try:
-        model.load_state_dict(epoch.model_state)
+        epoch.state.fill(model)
     except RuntimeError as error:
+        if is_out_of_memory(error):
+            raise
         raise CheckpointError(f"the checkpoint does not fit the recipe's net: {error}") from None
-    for name, layer in growing_layers(model).items():
-        amult, decay = epoch.stored[name]
-        layer.set_rows(layer.A.data, layer.B.data, amult, decay)
     params = dict(model.named_parameters())
     for name, value in epoch.optimizer.items():
         key, _, param = name.partition(".")
-        optimizer.state[params[param]][key] = value.to(params[param].device)
+        owner = params[param]
+        device = owner.rows.device if isinstance(owner, GrowingWeight) else owner.device
+        optimizer.state[owner][key] = value.to(device)
 
 
 class Snapshot:

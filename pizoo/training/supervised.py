@@ -8,10 +8,9 @@ bit on the same machine.
 from __future__ import annotations
 
 import math
-import os
 import platform
 import time
-from collections.abc import Iterable
+import warnings
 from dataclasses import dataclass, field
 from datetime import date
 from pathlib import Path
@@ -21,14 +20,15 @@ import torch
 from torch import Tensor, nn
 
 from pizoo import __version__, checkpoint, ops
-from pizoo.data import Dataset, TaskPool, epoch_order
-from pizoo.evaluation.accuracy import accuracy, choose_device, predict
+from pizoo.data import Dataset, epoch_order
+from pizoo.evaluation.accuracy import accuracy, predict
+from pizoo.memory import explained
 from pizoo.models import KernelRegressor
 from pizoo.optim import PiSGD, clip_grad_norm_, param_groups
-from pizoo.recipes import Recipe, RecipeError, load_recipe
+from pizoo.recipes import Recipe, RecipeError, decisive
 from pizoo.training.engine import Engine, unsupported
-from pizoo.training.plan import plan
-from pizoo.training.report import StepProgress, hardware, log, logging_to, peak_memory
+from pizoo.training.plan import check_solving, plan
+from pizoo.training.report import LapTimer, StepProgress, commit, hardware, log, peak_memory
 from pizoo.training.schedule import schedule_factor
 from pizoo.training.state import optimizer_tensors, restore
 
@@ -58,74 +58,42 @@ class TrainResult:
     results: dict[str, Any] = field(default_factory=dict)
 
 
-def train(
-    recipe: str | os.PathLike | Recipe,
-    out: str | os.PathLike | None = None,
-    *,
-    overrides: Iterable[str] = (),
-    data_dir: str | os.PathLike | None = None,
-    dataset: Dataset | dict[str, TaskPool] | None = None,
-    device: torch.device | str | None = None,
-    engine: bool | None = None,
-    progress: bool = False,
-) -> TrainResult:
-    """Train a recipe; if ``out`` holds an unfinished training of the same recipe, go on with it.
-
-    Args:
-        recipe: an entry's name, a path to a YAML file, or a recipe.
-        out: folder for checkpoint, log and results; None: nothing is written.
-        overrides: ``"train.epochs=1"`` and the like, for a name or path.
-        data_dir: where data sets are (:func:`pizoo.data.data_directory`).
-        dataset: use this one instead of the one the recipe names; of a recipe with tasks, the classes of each split, as
-            :func:`pizoo.data.load_tasks` gives them.
-        device: None: a GPU if there is one.
-        engine: train with :class:`pizoo.training.engine.Engine` instead of the plain loop, to the same result within
-            rounding; None: on a GPU, where it can.
-        progress: show a progress bar.
-
-    Raises:
-        RecipeError, FileNotFoundError, ValueError: recipe or data are missing or do not fit; nothing was begun.
-        NotEnoughMemory: it would not fit on the device; nothing was begun.
-        TrainingDiverged: a loss that is not finite; epochs saved before it stay.
-        CheckpointError: ``out`` holds another training, or the disk is full.
-    """
-    if not isinstance(recipe, Recipe):
-        recipe = load_recipe(recipe, overrides)
-    elif list(overrides):
-        raise RecipeError("overrides go with a name or path; a Recipe is complete already")
-    device = choose_device(device)
-    training, solve = _Training, _solve
-    if recipe.tasks is not None:
-        from pizoo.training.meta import MetaTraining, measure_kernel  # which build on the loop below
-
-        training, solve = MetaTraining, measure_kernel
-    if dataset is None:
-        dataset = recipe.data.load(data_dir) if recipe.tasks is None else recipe.data.load_tasks(data_dir)
-    if not isinstance(dataset, wanted := Dataset if recipe.tasks is None else dict):
-        raise TypeError(f"dataset is a {type(dataset).__name__}; for {recipe.entry} it must be a {wanted.__name__}")
-    training.check_data(recipe, dataset)
-    folder = Path(out) if out is not None else None
-    if folder is not None:
-        check_folder(folder, recipe)  # a folder that is refused stays as it is, its log included
-    with checkpoint.training_lock(folder):
-        if recipe.train is None:
-            return solve(recipe, dataset, folder, device)
-        with logging_to(folder):
-            return training(recipe, dataset, folder, device, engine).run(progress)
-
-
-class _Training:
+class Training:
     """One training run: its net, optimizer and where it stands."""
 
     def __init__(
-        self, recipe: Recipe, dataset: Dataset, folder: Path | None, device: torch.device, engine: bool | None = None
+        self,
+        recipe: Recipe,
+        dataset: Dataset,
+        folder: Path | None,
+        device: torch.device,
+        engine: bool | None = None,
+        rows_on: str = "auto",
     ):
+        self.timer = LapTimer()
         self.recipe, self.dataset, self.folder, self.device = recipe, dataset, folder, device
-        settings = recipe.train
-        samples_per_epoch = self._take(dataset)
-        self.steps = self.steps_per_epoch * settings.epochs
-        plan(recipe, samples_per_epoch, device).check(recipe.entry)
-        self.model = recipe.build_model(device)
+        self.history: list[dict[str, Any]] = []
+        self.samples_per_epoch, self.steps_per_epoch = self._sizes()
+        self.steps = self.steps_per_epoch * recipe.train.epochs
+        self.plan = plan(recipe, self.samples_per_epoch, device, rows_on=rows_on)
+        self.plan.check(recipe.entry)
+        log.info("%s", self.plan.summary(recipe.entry))
+        if self.plan.rows_on == "host":
+            self._tell_of_streaming()
+        with explained(self._ran_out):
+            self._prepare(engine)
+
+    def _tell_of_streaming(self) -> None:
+        planned = plan(self.recipe, self.samples_per_epoch, self.device, estimate_time=True, rows_on="host")
+        told = planned.streaming(self.recipe.entry)
+        log.info("%s", told)
+        warnings.warn(told, RuntimeWarning, stacklevel=4)
+
+    def _prepare(self, engine: bool | None) -> None:
+        """All a training holds: data on the device, net, optimizer, room for every row to come; where it stopped, if it did."""
+        settings = self.recipe.train
+        self._take()
+        self.model = self.recipe.build_model(self.device)
         self.optimizer = PiSGD(
             param_groups(
                 self.model,
@@ -141,12 +109,11 @@ class _Training:
             settings.dampening,
         )
         self.growing = checkpoint.growing_layers(self.model)
-        self.history: list[dict[str, Any]] = []
-        self._begin_or_resume()
-        samples = samples_per_epoch * (settings.epochs - len(self.history))
         for layer in self.growing.values():
+            layer.keep_rows_on(self.plan.rows_on)
             if layer.role == "hidden" or settings.last_layer_lr_mult:
-                layer.reserve(layer.count + samples)
+                layer.reserve(layer.count + self.samples_per_epoch * settings.epochs)
+        self._begin_or_resume()
         self.engine = self._make_engine() if self._wants_engine(engine) else None
 
     @staticmethod
@@ -154,17 +121,22 @@ class _Training:
         """Raise ValueError unless the data are what the recipe wants."""
         dataset.require(recipe.data.input_size, recipe.data.classes)
 
-    def _take(self, dataset: Dataset) -> int:
-        """Put the data where they are trained on; set ``class_names`` and ``steps_per_epoch``; return samples an epoch."""
-        self.normalize, self.class_names = self.recipe.data.normalize, dataset.class_names
-        self.train_x, self.train_y = dataset.train_x.to(self.device), dataset.train_y.to(self.device)
-        self.steps_per_epoch = math.ceil(len(self.train_x) / self.recipe.train.batch_size)
-        return len(self.train_x)
+    def _sizes(self) -> tuple[int, int]:
+        """Samples, and steps, of an epoch."""
+        samples = len(self.dataset.train_x)
+        return samples, math.ceil(samples / self.recipe.train.batch_size)
+
+    def _take(self) -> None:
+        """Put the data where they are trained on; set ``class_names``."""
+        self.normalize, self.class_names = self.recipe.data.normalize, self.dataset.class_names
+        self.train_x, self.train_y = (part.to(self.device) for part in (self.dataset.train_x, self.dataset.train_y))
 
     def _wants_engine(self, asked: bool | None) -> bool:
         reason = unsupported(self.recipe.train, self.steps_per_epoch, bool(self.growing))
         if self.device.type == "cuda" and not all(ops.fused(layer.B[:1], layer.A) for layer in self.growing.values()):
             reason = "there are no fused kernels for its rows on this device"
+        if self.plan.rows_on == "host":
+            reason = "its rows stream from the host"
         if asked and reason:
             raise RecipeError(f"{self.recipe.entry}: the engine cannot train this recipe: {reason}")
         return asked if asked is not None else self.device.type == "cuda" and reason is None
@@ -193,15 +165,19 @@ class _Training:
     def run(self, progress: bool) -> TrainResult:
         settings, already = self.recipe.train, len(self.history)
         with StepProgress(progress, self.recipe.entry, settings.epochs, self.steps_per_epoch) as bar:
+            bar.say(self.plan.summary(self.recipe.entry))
             for epoch in range(already, settings.epochs):
-                self.history.append(self._epoch(epoch, bar))
-                if self.folder is not None:
-                    self._save(epoch + 1)
+                with explained(self._ran_out):
+                    self.history.append(self._epoch(epoch, bar))
+                    if self.folder is not None:
+                        self._save(epoch + 1)
         self._finish()
         if self.folder is not None and already == settings.epochs and (self.folder / checkpoint.RESULTS).exists():
             results = checkpoint.read_json(self.folder / checkpoint.RESULTS)  # of the day and machine it was trained on
         else:
-            results = self._results()
+            with explained(self._ran_out):
+                results = self._results()
+            results["wall_seconds"] += self.timer.lap()
             if self.folder is not None:
                 checkpoint.write_json(self.folder / checkpoint.RESULTS, results)
         return TrainResult(self.model, self.recipe, self.folder, self.history, results)
@@ -244,7 +220,9 @@ class _Training:
         return self._log(record)
 
     def _log(self, record: dict[str, Any]) -> dict[str, Any]:
-        """Note an epoch's record, row counts added, in the log."""
+        """Note an epoch's record, wall time and row counts added, in the log."""
+        # What an epoch took in all: with the set-up before it, or the saving of the epoch before it.
+        record["wall_seconds"] = self.timer.lap()
         if self.growing:
             record["rows"] = {name: layer.count for name, layer in self.growing.items()}
         log.info("%s", " ".join(f"{k}={v:.6g}" if isinstance(v, float) else f"{k}={v}" for k, v in record.items()))
@@ -287,6 +265,11 @@ class _Training:
             f"{self._kept(epoch - 1)}. {REMEDY}"
         )
 
+    def _ran_out(self, reported: str) -> str:
+        begun = self.folder is not None and (self.folder / checkpoint.MANIFEST).exists()
+        saved = len(checkpoint.read_manifest(self.folder)["epochs"]) if begun else 0
+        return f"{self.plan.ran_out(self.recipe.entry, reported)}; {self._kept(saved)}"
+
     def _kept(self, epoch: int) -> str:
         """Which net is still there when epoch ``epoch`` was the last to end well."""
         return f"the net of epoch {epoch} stands in {self.folder}" if self.folder and epoch else "no epoch was saved"
@@ -304,9 +287,9 @@ class _Training:
         return None
 
 
-def _solve(recipe: Recipe, dataset: Dataset, folder: Path | None, device: torch.device) -> TrainResult:
+def solve_kernel(recipe: Recipe, dataset: Dataset, folder: Path | None, device: torch.device) -> TrainResult:
     """Fit a kernel regressor on all training inputs, in float64; if ``folder`` holds it already, load it."""
-    begin = time.perf_counter()
+    timer, begin = LapTimer(), time.perf_counter()
     model = recipe.build_model(device)
     if not isinstance(model, KernelRegressor):
         raise RecipeError(
@@ -320,10 +303,12 @@ def _solve(recipe: Recipe, dataset: Dataset, folder: Path | None, device: torch.
             model, _ = checkpoint.load(folder, device=device)
             results = checkpoint.read_json(folder / checkpoint.RESULTS)
             return TrainResult(model.attach(train_x), recipe, folder, results["history"], results)
+    check_solving(recipe, len(train_x), device)
     model.fit(train_x, dataset.train_y.to(device))
     record: dict[str, Any] = {"epoch": 0, "train_seconds": time.perf_counter() - begin}
     if dataset.test_x is not None:
         record["test_accuracy"] = accuracy(predict(model, dataset.test_x, normalize), dataset.test_y)
+    record["wall_seconds"] = timer.lap()
     results = training_results(recipe, [record], device)
     if folder is not None:
         checkpoint.save_with_probe(folder, model, recipe.config(dataset.class_names), dataset, normalize)
@@ -338,8 +323,10 @@ def training_results(recipe: Recipe, history: list[dict[str, Any]], device: torc
         "data": {"name": recipe.data.name, "part": "test", "subset": recipe.data.subset, "split": recipe.data.split},
         "seed": recipe.train.seed if recipe.train else None,
         "train_seconds": sum(record["train_seconds"] for record in history),
+        "wall_seconds": sum(record["wall_seconds"] for record in history),
         "hardware": hardware(device),
         "peak_memory_bytes": peak_memory(device),
+        "commit": commit(),
         "versions": {"pizoo": __version__, "torch": torch.__version__, "python": platform.python_version()},
         "date": date.today().isoformat(),
         "history": history,
@@ -355,10 +342,10 @@ def check_folder(folder: Path, recipe: Recipe) -> None:
     """Raise CheckpointError if a folder holds another recipe's training, or a shipped net that training would mix with."""
     if not (folder / checkpoint.CONFIG).exists():
         return
-    found = checkpoint.read_config(folder).get("recipe")
-    if found != recipe.to_dict():
+    found, wanted = decisive(checkpoint.read_config(folder).get("recipe")), decisive(recipe.to_dict())
+    if found != wanted:
         raise checkpoint.CheckpointError(
-            f"{folder} holds a training of another recipe ({_difference(found, recipe.to_dict())}); "
+            f"{folder} holds a training of another recipe ({_difference(found, wanted)}); "
             "choose another folder, or remove it"
         )
     if recipe.train is not None and (folder / checkpoint.MODEL).exists():
