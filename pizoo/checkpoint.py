@@ -512,7 +512,7 @@ def start_training(folder: Path, model: nn.Module, config: Mapping[str, Any]) ->
     """Begin a training checkpoint in an empty folder: config, first segment, manifest."""
     write_json(folder / CONFIG, complete(config, model, {}))
     manifest = {"format": FORMAT, "epochs": [], "segments": []}
-    _write_segment(folder, model, manifest)
+    _write_segment(folder, *_new_rows(model, manifest), manifest)
     _write_manifest(folder, manifest)
 
 
@@ -523,6 +523,7 @@ def save_epoch(
     optimizer: Mapping[str, Tensor],
     keep: Collection[int] | None = None,
     chosen: int | None = None,
+    submit: Callable[[Callable[[], None]], None] = lambda work: work(),
 ) -> None:
     """Add an epoch: a segment with the rows appended since the last, a state file, then the manifest that names them.
 
@@ -532,32 +533,39 @@ def save_epoch(
         keep: earlier epochs to keep loadable; None: all. Of others the files are removed and the records kept (finite nets,
             whose state is the whole net).
         chosen: the epoch that :func:`load` is to give when not told which; None: the last.
+        submit: takes the writing, which may be done while the net trains on, but before the next epoch is saved.
     """
     manifest = read_manifest(folder)
-    _write_segment(folder, model, manifest)
+    new_rows, ranges = _new_rows(model, manifest)
     layers = growing_layers(model)
     rows = {f"{name}.{part}" for name in layers for part in ("A", "B", "amult")}
     tensors = {f"model/{name}": tensor for name, tensor in persistent_tensors(model) if name not in rows}
     tensors |= {f"amult/{name}": layer.stored_amult for name, layer in layers.items()}
     tensors |= {f"decay/{name}": torch.tensor(layer.decay, dtype=torch.float64) for name, layer in layers.items()}
     tensors |= {f"optimizer/{name}": tensor for name, tensor in optimizer.items()}
-    state = f"state-{record['epoch']:05d}.safetensors"
-    entry = {
-        **record,
-        "state": {"file": state, "sha256": write_tensors(folder / state, tensors)},
-        "segments": len(manifest["segments"]),
-    }
-    if keep is not None:
-        manifest["epochs"] = [old if old["epoch"] in keep else {**old, "state": None} for old in manifest["epochs"]]
-    manifest["epochs"].append(entry)
-    if chosen is not None:
-        manifest["chosen"] = chosen
-    _write_manifest(folder, manifest)
-    if keep is not None:
-        held = {record["state"]["file"] for record in manifest["epochs"] if record["state"]}
-        for file in folder.glob("state-*.safetensors"):
-            if file.name not in held:
-                file.unlink()
+    tensors = {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
+
+    def write() -> None:
+        _write_segment(folder, new_rows, ranges, manifest)
+        state = f"state-{record['epoch']:05d}.safetensors"
+        entry = {
+            **record,
+            "state": {"file": state, "sha256": write_tensors(folder / state, tensors)},
+            "segments": len(manifest["segments"]),
+        }
+        if keep is not None:
+            manifest["epochs"] = [old if old["epoch"] in keep else {**old, "state": None} for old in manifest["epochs"]]
+        manifest["epochs"].append(entry)
+        if chosen is not None:
+            manifest["chosen"] = chosen
+        _write_manifest(folder, manifest)
+        if keep is not None:
+            held = {record["state"]["file"] for record in manifest["epochs"] if record["state"]}
+            for file in folder.glob("state-*.safetensors"):
+                if file.name not in held:
+                    file.unlink()
+
+    submit(write)
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -596,14 +604,21 @@ def read_epoch(folder: Path, epoch: int | None = None) -> Epoch:
         raise CheckpointError(f"{folder / MANIFEST} lacks something ({error!r}): it is damaged") from None
 
 
-def _write_segment(folder: Path, model: nn.Module, manifest: dict[str, Any]) -> None:
-    """Write the rows no segment holds yet, if there are any, and enter them into the manifest."""
+def _new_rows(model: nn.Module, manifest: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, list[int]]]:
+    """The rows no segment holds yet, in host memory, and their range in each layer. Stored rows never change."""
     tensors, ranges = {}, {}
     for name, layer in growing_layers(model).items():
         held = max((s["rows"][name][1] for s in manifest["segments"] if name in s["rows"]), default=0)
         if layer.count > held:
-            tensors |= {f"{name}.A": layer.A[held:], f"{name}.B": layer.B[held:]}
+            tensors |= {f"{name}.{part}": rows[held:].detach().cpu() for part, rows in (("A", layer.A), ("B", layer.B))}
             ranges[name] = [held, layer.count]
+    return tensors, ranges
+
+
+def _write_segment(
+    folder: Path, tensors: Mapping[str, Tensor], ranges: Mapping[str, list[int]], manifest: dict[str, Any]
+) -> None:
+    """Write new rows, if there are any, and enter them into the manifest."""
     if tensors:
         file = f"rows-{len(manifest['segments']):05d}.safetensors"
         manifest["segments"].append({"file": file, "sha256": write_tensors(folder / file, tensors), "rows": ranges})

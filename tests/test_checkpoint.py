@@ -233,8 +233,8 @@ def test_segments_and_states_are_never_written_again(tmp_path):
     seen: dict[str, tuple[int, str]] = {}
     save = checkpoint.save_epoch
 
-    def save_and_look(folder, *args, **kwargs):
-        save(folder, *args, **kwargs)
+    def save_and_look(folder, model, record, optimizer, keep, chosen, submit):
+        save(folder, model, record, optimizer, keep, chosen)
         for path in folder.glob("*.safetensors"):
             now = (path.stat().st_mtime_ns, checkpoint.sha256(path))
             assert seen.setdefault(path.name, now) == now, path.name
@@ -654,6 +654,7 @@ def train(folder, point, entry, *overrides):
     step, fsync, count = supervised.Training._step, os.fsync, 0
     def counted_step(self, number, *args):
         if point == "step" and number == self.steps_per_epoch + 1:
+            self.writing.wait()
             kill()
         return step(self, number, *args)
     def counted_fsync(fd):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+
 import torch
 from torch import Tensor, nn
 
@@ -42,6 +45,24 @@ def restore(model: nn.Module, optimizer: PiSGD, epoch: Epoch) -> None:
         owner = params[param]
         device = owner.rows.device if isinstance(owner, GrowingWeight) else owner.device
         optimizer.state[owner][key] = value.to(device)
+
+
+class Behind:
+    """Work that goes on behind its caller, one piece at a time, in the order given; what it raises comes out in ``wait``."""
+
+    def __init__(self) -> None:
+        self._thread = ThreadPoolExecutor(1)
+        self._work: Future | None = None
+
+    def submit(self, work: Callable[[], None]) -> None:
+        self.wait()
+        self._work = self._thread.submit(work)
+
+    def wait(self) -> None:
+        """Until the work given is done."""
+        work, self._work = self._work, None
+        if work is not None:
+            work.result()
 
 
 class Snapshot:

@@ -11,6 +11,7 @@ import math
 import platform
 import time
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import date
 from pathlib import Path
@@ -30,7 +31,7 @@ from pizoo.training.engine import Engine, unsupported
 from pizoo.training.plan import check_solving, plan
 from pizoo.training.report import LapTimer, StepProgress, commit, hardware, log, peak_memory
 from pizoo.training.schedule import schedule_factor
-from pizoo.training.state import optimizer_tensors, restore
+from pizoo.training.state import Behind, optimizer_tensors, restore
 
 REMEDY = "Try a smaller train.lr or train.clip.max_norm, and check the inputs"
 
@@ -70,7 +71,7 @@ class Training:
         engine: bool | None = None,
         rows_on: str = "auto",
     ):
-        self.timer = LapTimer()
+        self.timer, self.writing = LapTimer(), Behind()
         self.recipe, self.dataset, self.folder, self.device = recipe, dataset, folder, device
         self.history: list[dict[str, Any]] = []
         self.samples_per_epoch, self.steps_per_epoch = self._sizes()
@@ -166,11 +167,14 @@ class Training:
         settings, already = self.recipe.train, len(self.history)
         with StepProgress(progress, self.recipe.entry, settings.epochs, self.steps_per_epoch) as bar:
             bar.say(self.plan.summary(self.recipe.entry))
-            for epoch in range(already, settings.epochs):
-                with explained(self._ran_out):
-                    self.history.append(self._epoch(epoch, bar))
-                    if self.folder is not None:
-                        self._save(epoch + 1)
+            try:
+                for epoch in range(already, settings.epochs):
+                    with explained(self._ran_out):
+                        self.history.append(self._epoch(epoch, bar))
+                        if self.folder is not None:
+                            self._save(epoch + 1)
+            finally:  # an epoch that has ended well is saved, whatever came after it
+                self.writing.wait()
         self._finish()
         if self.folder is not None and already == settings.epochs and (self.folder / checkpoint.RESULTS).exists():
             results = checkpoint.read_json(self.folder / checkpoint.RESULTS)  # of the day and machine it was trained on
@@ -194,13 +198,10 @@ class Training:
         self.model.train()
         order = epoch_order(len(self.train_x), settings.seed, epoch).to(self.device)
         total, first = 0.0, epoch * self.steps_per_epoch
-        losses = None if self.engine is None else self.engine.run_epoch(order, first)
-        for i, batch in enumerate(order.split(settings.batch_size)):
-            if losses is None:
-                loss = self._step(first + i, self.train_x[batch], self.train_y[batch])
-            elif not math.isfinite(loss := losses[i]):
+        for i, (batch, loss) in enumerate(self._losses(order, first)):
+            if not math.isfinite(loss):
                 self._diverged(first + i, loss)
-            total += loss * len(batch)
+            total += loss * batch
             bar.advance(epoch, loss)
         step = first + self.steps_per_epoch
         record = {
@@ -218,6 +219,16 @@ class Training:
                 )
             record["test_accuracy"] = accuracy(logits, self.dataset.test_y)
         return self._log(record)
+
+    def _losses(self, order: Tensor, first: int) -> Iterator[tuple[int, float]]:
+        """Train on the samples in ``order``; size and loss of every batch, as it is taken or, by the engine, in the end."""
+        size = self.recipe.train.batch_size
+        if self.engine is not None:
+            for i, loss in enumerate(self.engine.run_epoch(order, first)):
+                yield min(size, len(order) - i * size), loss
+            return
+        for i, batch in enumerate(order.split(size)):
+            yield len(batch), self._step(first + i, self.train_x[batch], self.train_y[batch])
 
     def _log(self, record: dict[str, Any]) -> dict[str, Any]:
         """Note an epoch's record, wall time and row counts added, in the log."""
@@ -266,6 +277,7 @@ class Training:
         )
 
     def _ran_out(self, reported: str) -> str:
+        self.writing.wait()
         begun = self.folder is not None and (self.folder / checkpoint.MANIFEST).exists()
         saved = len(checkpoint.read_manifest(self.folder)["epochs"]) if begun else 0
         return f"{self.plan.ran_out(self.recipe.entry, reported)}; {self._kept(saved)}"
@@ -280,7 +292,8 @@ class Training:
         best = self._best_epoch()
         # A finite net's state is all of it, every epoch again: only the best, where that is kept, and the last.
         keep = None if self.growing else {best}
-        checkpoint.save_epoch(self.folder, self.model, record, tensors, keep, chosen=best)
+        self.writing.wait()
+        checkpoint.save_epoch(self.folder, self.model, record, tensors, keep, best, self.writing.submit)
 
     def _best_epoch(self) -> int | None:
         """The epoch whose net this training gives; None: the last."""
