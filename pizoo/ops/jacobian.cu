@@ -8,7 +8,7 @@
 //
 // One program a multiprocessor keeps all 8 x OUTPUTS x r sums in its registers: 8 samples times OUTPUTS make the rows of the
 // matrix products. Its warps have two roles. Makers fetch blocks of rows into a ring of STAGES buffers and make each block's
-// factors, up to BUFFERS blocks ahead: correlations, F and weights, 16 rows a warp. Multipliers own a share of the columns each
+// factors, ahead of the products: correlations, F and weights, 16 rows a warp. Multipliers own a share of the columns each
 // and do the products. So memory, arithmetic and tensor cores overlap; few registers of makers leave more to multipliers.
 //
 // The factor F11 w of a product is made where it is used: with samples and pairs of outputs as the 16 rows of a fragment, a
@@ -25,7 +25,7 @@ typedef unsigned int pair_t;  // two halves
 
 constexpr int MULTIPLIERS = 8, MAKERS = 4;  // warps
 constexpr int ROWS = 16 * MAKERS;
-constexpr int BUFFERS = STAGES > 3 ? 3 : 2;  // of factors: fewer than stages, so that rows are asked for a block ahead
+constexpr int BUFFERS = 2;  // of factors: makers one block ahead leave two of four stages to rows on their way
 constexpr int STEPS = (R + 15) / 16;                               // products of 16 columns that make a correlation
 constexpr int TILES = (R / 8 + MULTIPLIERS - 1) / MULTIPLIERS;     // 8 columns each, of a multiplier
 constexpr int PAIRS = (OUTPUTS + 1) / 2;                           // of outputs: 16 rows of a fragment

@@ -134,7 +134,7 @@ def _stages(r: int, r_out: int, shared: int) -> int:
     """How many blocks of rows fit shared memory beside everything else; ``jacobian.cu`` checks the sum."""
     stage = ROWS * 16 * (2 * _blocks_of(r, 16) + 1)
     factors = 4 * ROWS * _pairs(r_out) + 3 * SAMPLES * 2 * (ROWS + 8) + 64
-    rest = 3 * factors + _blocks_of(r, 16) * 256 + 256 + 256
+    rest = 2 * factors + _blocks_of(r, 16) * 256 + 256 + 256
     return min(8, (shared - rest) // stage)
 
 

@@ -11,6 +11,7 @@ The gradient of a weight over a batch is ``deltaᵀ inputs``, of rank b. It is n
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -236,7 +237,7 @@ class Engine:
         lr_factor = self.lr_factors[self.step].squeeze(0)
         loss, gradients = (self._infinite_net if self.growing else self._finite_net)(x, y)
         factors, norms = self._clip(gradients, lr_factor)
-        self.finite.logical_and_(torch.stack([loss, *norms]).isfinite().all())
+        self.finite.logical_and_(functools.reduce(torch.logical_and, [t.isfinite() for t in (loss, *norms)]))
         lr = self.settings.lr * lr_factor
         updates = self._update(gradients, factors, lr)
         # A gradient that is not finite shows as a loss that is not, so that the host knows the step.
@@ -253,7 +254,7 @@ class Engine:
         if self.settings.loss == "mse":
             return nn.functional.mse_loss(logits, target), 2 * (logits - target) / logits.numel()
         log_p = logits.log_softmax(1)
-        return -(log_p * target).sum(1).mean(), (log_p.exp() - target) / len(y)
+        return -(log_p * target).sum() / len(y), (log_p.exp() - target) / len(y)
 
     def _infinite_net(self, x: Tensor, y: Tensor) -> tuple[Tensor, list[Gradient]]:
         net: InfPiMLP = self.model
@@ -271,7 +272,7 @@ class Engine:
         loss, dg = self._loss(g, y)
         gradients = []
         for state, (gbar, s) in zip(reversed(self.growing), reversed(entered), strict=True):
-            layer, delta = state.layer, (state.layer.alpha * dg).to(gbar.dtype)
+            layer, delta = state.layer, _times(state.layer.alpha, dg).to(gbar.dtype)
             scale = torch.ones_like(s) if layer.layernorm else s
             gradients.append(Gradient(layer.role, gbar, delta, scale, _bias_alpha(layer)))
             if self._one_pass and state is self.growing[-1]:
@@ -281,7 +282,7 @@ class Engine:
             if layer.layernorm:
                 dg = dg - (dg * gbar).sum(1, keepdim=True) * gbar
                 dg = dg / torch.where(s > 0, s, torch.ones_like(s))
-        delta = net.input.alpha * dg.to(x.dtype)
+        delta = _times(net.input.alpha, dg.to(x.dtype))
         gradients.append(Gradient("input", x, delta, None, _bias_alpha(net.input)))
         return loss, gradients[::-1]
 
@@ -298,7 +299,7 @@ class Engine:
         gradients = []
         for l in reversed(range(len(layers))):
             layer = layers[l]
-            delta = (layer.alpha * delta).to(x.dtype)
+            delta = _times(layer.alpha, delta).to(x.dtype)
             basis = self.model.basis(l) if l < len(layers) - 1 else None
             projected = delta if basis is None else (delta @ basis) @ basis.T
             gradients.append(Gradient(layer.role, entered[l], projected, None, _bias_alpha(layer)))
@@ -382,6 +383,11 @@ def _gram(x: Tensor) -> Tensor:
     """``x xᵀ`` [b, b] of [b, n], b small and n large, as a sum: fused, it beats a matrix product made for large b."""
     x = x.to(accumulate_dtype(x.dtype))
     return (x[:, None, :] * x).sum(2)
+
+
+def _times(alpha: float, x: Tensor) -> Tensor:
+    """``alpha x``, without a kernel for an alpha of 1."""
+    return x if alpha == 1 else alpha * x
 
 
 def _biased(z: Tensor, module: nn.Module) -> Tensor:
