@@ -214,7 +214,7 @@ class _Card:
         """Which epoch's net its number is of, to end a sentence with; nothing for kernels."""
         if not self.recipe["train"]:
             return ""
-        return " of the epoch chosen on validation classes" if self.tasks else " after the last epoch"
+        return ", epoch chosen on validation classes" if self.tasks else " after the last epoch"
 
     @property
     def published(self) -> dict[str, Any] | None:
@@ -268,8 +268,9 @@ def _headline(card: _Card) -> str:
     over = f", mean over {runs} {card.run}s ± standard error" if runs > 1 else ""
     measured_on = f"the {card.count:,} test images of {card.data}"
     if card.tasks:
-        classes = _words(card.split)
-        measured_on = f"the queries of {card.count:,} {_shape(card)} tasks of {card.data} ({classes} classes)"
+        measured_on = (
+            f"the queries of {card.count:,} tasks of {card.data} ({_shape(card)}, {_words(card.split)} classes)"
+        )
     told = [f"**{_mean(results)} %** of {measured_on} are classified correctly{card.chosen}{over}."]
     if card.recipe["train"] and not card.tasks:
         told.append(f"Best epochs, test-selected: {results['mean_best_epoch_accuracy']:.2f} %.")

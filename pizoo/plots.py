@@ -13,7 +13,7 @@ log = logging.getLogger("pizoo")
 CURVES = "curves.png"
 ACCURACIES = {  # of a curve: the axis they are drawn on
     "test_accuracy": "test accuracy in percent",
-    "validation_accuracy": "accuracy on validation classes, rotated, in percent",
+    "validation_accuracy": "validation accuracy (rotated) in percent",
 }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,15 +12,18 @@ import torch
 from torch import nn
 
 import pizoo
-from pizoo import checkpoint
+from pizoo import cards, checkpoint
 from pizoo.checkpoint import CheckpointError
 from pizoo.data import TaskPool, frozen_uniform, load_dataset, load_tasks, omniglot
 from pizoo.evaluation import fewshot
+from pizoo.evaluation.accuracy import paired_difference
 from pizoo.evaluation.entries import classify
 from pizoo.evaluation.fewshot import SPLITS, adapter, measure_splits, split_correct, task_correct
+from pizoo.memory import HEADROOM, NotEnoughMemory
 from pizoo.models import NNGPLearner
 from pizoo.recipes import Recipe, RecipeError, load_recipe
-from pizoo.training import meta
+from pizoo.training import meta, supervised
+from pizoo.training import plan as planning
 from pizoo.training.plan import plan, samples_per_epoch
 from pizoo.training.reproduce import reproduce
 from pizoo.training.state import Snapshot
@@ -261,6 +265,84 @@ def test_there_is_no_engine_for_tasks_yet(pools):
         train(small("mu"), pools, engine=True)
 
 
+@pytest.mark.parametrize("stopped_after", [None, 3])
+def test_a_training_with_rows_on_the_host_is_the_same_training(whole, stopped_after, pools, tmp_path, monkeypatch):
+    planned = supervised.plan
+    monkeypatch.setattr(supervised, "plan", lambda *args, **options: replace(planned(*args), rows_on="host"))
+    save, accuracies = meta.MetaTraining._save, {1: 50.0, 2: 70.0, 3: 60.0, 4: 65.0}
+
+    def save_then_stop(self, epoch):
+        save(self, epoch)
+        if epoch == stopped_after:
+            raise KeyboardInterrupt
+
+    with pytest.warns(RuntimeWarning, match="of rows are kept in host memory .* and stream to cpu"):
+        if stopped_after:
+            monkeypatch.setattr(meta.MetaTraining, "_validate", lambda self: accuracies[len(self.history) + 1])
+            with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+                patch.setattr(meta.MetaTraining, "_save", save_then_stop)
+                train(small("infpi", "train.epochs=4"), pools, tmp_path)
+        streaming = train(small("infpi", *(["train.epochs=4"] if stopped_after else [])), pools, tmp_path)
+    assert all(layer.rows_on == "host" for layer in streaming.model.growing_layers.values())
+    monkeypatch.setattr(supervised, "plan", planned)
+    resident = train(small("infpi", "train.epochs=4"), pools) if stopped_after else whole
+    assert states_equal(streaming.model, resident.model)
+    assert streaming.results["splits"] == resident.results["splits"]
+    loaded = pizoo.load(tmp_path, rows_on="host")
+    assert loaded.hidden[0].rows_on == "host" and states_equal(loaded, resident.model)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_on_a_gpu_a_training_with_rows_on_the_host_is_the_same_training(pools, tmp_path):
+    recipe = small("infpi", "model.r=64")
+    resident = pizoo.train(recipe, dataset=pools, device="cuda")
+    with pytest.warns(RuntimeWarning, match="stream to cuda"):
+        streaming = pizoo.train(recipe, tmp_path, dataset=pools, device="cuda", rows_on="host")
+    assert streaming.model.hidden[0].A.is_pinned()
+    assert states_equal(streaming.model.cpu(), resident.model.cpu())
+
+
+def test_a_training_that_does_not_fit_is_refused_with_what_would(pools, tmp_path, monkeypatch):
+    monkeypatch.setattr(planning, "free_memory", lambda device: HEADROOM + 1000)
+    with pytest.raises(
+        NotEnoughMemory, match=r"About .* rows would fit: fewer train.epochs, a smaller train.steps_per_epoch"
+    ):
+        train(small("infpi"), pools, tmp_path)
+    assert not (tmp_path / "config.json").exists()
+
+
+# Several seeds
+
+
+def test_several_seeds_give_a_mean_on_every_split(data_dir, tmp_path, monkeypatch, pizoo_command):
+    monkeypatch.chdir(tmp_path)
+    sets = [part for setting in (*SETTINGS, *SMALL["mu"]) for part in ("--set", setting)]
+    done = pizoo_command("train", "omniglot_mu", *sets, "--seeds", "0,3", "--data", data_dir, "--device", "cpu")
+    assert done.code == 0, done.err
+    runs = tmp_path / "runs/omniglot_mu"
+    results = json.loads((runs / "results.json").read_text())
+    single = [json.loads((runs / f"seed-{seed}/results.json").read_text()) for seed in (0, 3)]
+    assert [run["accuracy"] for run in results["seeds"]] == [one["accuracy"] for one in single]
+    for split in SPLITS:
+        accuracies = [one["splits"][split]["accuracy"] for one in single]
+        mean = results["mean_splits"][split]
+        assert mean["accuracy"] == pytest.approx(sum(accuracies) / 2)
+        assert mean["standard_error"] == pytest.approx(abs(accuracies[0] - accuracies[1]) / 2)
+    assert results["mean_accuracy"] == pytest.approx(results["mean_splits"]["test"]["accuracy"])
+    assert f"{results['mean_accuracy']:.2f} ± {results['standard_error']:.2f} %, 2 runs" in done.out
+    for run, one in zip(results["seeds"], single, strict=True):
+        curve = [record["validation_accuracy"] for record in one["history"]]
+        assert run["curve"]["validation_accuracy"] == curve and run["best_epoch"]["accuracy"] == max(curve)
+        assert run["wall_seconds"] > sum(record["wall_seconds"] for record in one["history"])  # four splits measured
+    assert (runs / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_kernel_has_no_seeds(data_dir, tmp_path):
+    with pytest.raises(ValueError, match="omniglot_ntk is a kernel, which is not trained: every seed gives the same"):
+        reproduce(small("ntk"), tmp_path / "card", tmp_path / "runs", [0, 1], data_dir=data_dir, device="cpu")
+
+
 # Numbers
 
 
@@ -357,6 +439,8 @@ def test_an_entry_is_reproduced_evaluated_and_verified(kind, data_dir, tmp_path,
     found = checkpoint.read_tensors(card / "correct.safetensors", results["correct_sha256"])
     assert all(100 * found[f"seed-{run['seed']}"].double().mean() == run["accuracy"] for run in results["seeds"])
     assert torch.equal(found["shipped"], found["seed-0"]) and found["shipped"].shape == (60, 5)
+    some = pizoo.verify(card, data_dir, "cpu", images=10)
+    assert some.status == "not run" and "measured on tasks, not on test images" in some.reason
     quick = pizoo.verify(card, device="cpu", quick=True)
     assert (quick.status, quick.check) == ("verified", "probe") and quick.half_width is None
     assert pizoo.verify(card, tmp_path / "nowhere", "cpu").status == "not run"
@@ -364,6 +448,31 @@ def test_an_entry_is_reproduced_evaluated_and_verified(kind, data_dir, tmp_path,
     (card / "results.json").write_text(json.dumps(results))
     report = pizoo.verify(card, data_dir, "cpu")
     assert report.status == "mismatch" and "further apart than 0.05 points" in report.reason
+
+
+def test_a_card_tells_every_seed_on_every_split_and_compares_entries_task_by_task(data_dir, tmp_path):
+    rights, options = {}, {"data_dir": data_dir, "device": "cpu"}
+    for entry, kind, seeds in (("one", "mu", [0, 1]), ("other", "finpi", [0]), ("kernel", "ntk", [0])):
+        recipe = Recipe.from_dict({**small(kind).to_dict(), "entry": entry})
+        results = reproduce(recipe, tmp_path / "cards" / entry, tmp_path / "runs" / entry, seeds, **options)
+        found = checkpoint.read_tensors(tmp_path / "cards" / entry / "correct.safetensors")
+        rights[entry] = torch.stack([found[f"seed-{seed}"].double() for seed in seeds]).mean((0, 2))
+        if entry == "one":
+            one = results
+    cards.write_card(tmp_path / "cards/one")  # now that the others are there
+    text = (tmp_path / "cards/one/README.md").read_text()
+    for run in one["seeds"]:
+        row = [f"{a['accuracy']:.2f} ± {1.96 * a['standard_error']:.2f}" for a in map(run["splits"].get, SPLITS)]
+        best = f"{run['best_epoch']['epoch']} ({run['best_epoch']['accuracy']:.2f})"
+        assert f"| seed {run['seed']} | {' | '.join(row)} | {best} |" in text
+    means = [f"{a['accuracy']:.2f} ± {a['standard_error']:.2f}" for a in map(one["mean_splits"].get, SPLITS)]
+    assert f"| mean ± standard error over seeds | {' | '.join(means)} |" in text
+    assert "| published |  |  | 91.22 |  |" in text  # in the column of its split
+    assert f"{one['splits']['test']['standard_error']:.2f} points" in text
+    assert "![Training loss and validation accuracy over the epochs](curves.png)" in text
+    away = paired_difference(rights["one"], rights["other"])
+    assert f"| `other` | {away.points:+.2f} | {away.low:+.2f} to {away.high:+.2f} |" in text
+    assert "`kernel`" not in text  # its number is on other tasks
 
 
 def test_a_probe_finds_other_weights(data_dir, tmp_path):

@@ -144,6 +144,7 @@ BAD_TASKS = {
     ("omniglot_mu", "data.scale=1.0"): "data.scale: found 1.0; must be left out with tasks",
     ("omniglot_mu", "data={mean: [0.5], std: [1.0]}"): "data.mean: found (0.5,); must be left out with tasks",
     ("omniglot_mu", "data.subset=5"): "data.subset: found 5; must be left out with tasks",
+    ("omniglot_ntk", "tune={validation: 0.2, grid: {depth: [2, 3]}}"): "tune: must be left out with tasks",
     ("omniglot_mu", "tasks.layers=all"): "tasks.first_order: found false; must be true with layers all",
     ("omniglot_mu", "tasks.step_size=0"): "tasks.step_size: found 0; must be greater than 0",
     ("omniglot_mu", "tasks.headline=train"): "tasks.headline: found 'train'; ",

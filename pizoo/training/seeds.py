@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import statistics
 from collections.abc import Iterable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,7 +16,7 @@ from pizoo import checkpoint
 from pizoo.checkpoint import CheckpointError
 from pizoo.data import Dataset, TaskPool
 from pizoo.evaluation.accuracy import choose_device, correct, percent, predict, standard_error
-from pizoo.evaluation.fewshot import split_correct
+from pizoo.evaluation.fewshot import TaskAccuracy, split_correct
 from pizoo.plots import CURVES, draw_curves
 from pizoo.recipes import Recipe
 from pizoo.training.supervised import TrainResult
@@ -112,7 +113,7 @@ def _record(outcome: TrainResult, dataset: Dataset | dict[str, TaskPool], seed: 
     )
     record = {"seed": seed, "accuracy": percent(right), "epochs": epochs} | {key: results[key] for key in kept}
     if recipe.tasks is not None:
-        record["splits"] = results["splits"]
+        record["splits"] = {**results["splits"], recipe.tasks.headline: asdict(TaskAccuracy.of(right))}
     if epochs:
         record["curve"] = {key: [r[key] for r in results["history"]] for key in ("train_loss", measured)}
     return SeedRun(record, right, outcome)

@@ -45,7 +45,7 @@ class TrainResult:
     """What a training gave.
 
     Attributes:
-        model: the net after the last epoch, in eval mode.
+        model: the net after the last epoch, of few-shot trainings that of the epoch chosen, in eval mode.
         recipe: what was trained.
         folder: where its checkpoint is; None if none was asked for.
         history: one record an epoch: epoch, step, loss, test_accuracy, seconds, ...
