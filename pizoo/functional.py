@@ -28,9 +28,12 @@ def F02(c: Tensor) -> Tensor:
 
 class _F00(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, c: Tensor) -> Tensor:
-        ctx.save_for_backward(c)
+    def forward(c: Tensor) -> Tensor:
         return F02(c) + c * F11(c)
+
+    @staticmethod
+    def setup_context(ctx, inputs: tuple[Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> Tensor:
