@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -55,6 +55,11 @@ class FewShotBatch:
     def to(self, dtype: torch.dtype) -> FewShotBatch:
         """The batch with its samples in another dtype."""
         return replace(self, support_x=self.support_x.to(dtype), query_x=self.query_x.to(dtype))
+
+    def split(self, size: int) -> Iterator[FewShotBatch]:
+        """Batches of ``size`` tasks each, the last perhaps of fewer; views."""
+        for parts in zip(*(part.split(size) for part in self._parts), strict=True):
+            yield FewShotBatch(*parts)
 
     @property
     def _parts(self) -> tuple[Tensor, ...]:

@@ -67,7 +67,8 @@ def readout_rows(
     """
     dtype = torch.promote_types(logits.dtype, torch.float32)
     features, logits = features.to(dtype), logits.to(dtype)
-    targets = one_hot(labels, logits.shape[-1]).to(dtype)
+    # As one_hot, which looks at the values of labels: a compiled or captured step cannot.
+    targets = (labels[..., None] == torch.arange(logits.shape[-1], device=labels.device)).to(dtype)
     rows = TaskRows(torch.zeros_like(logits), features, None if readout.bias is None else logits.new_zeros(1))
     adapted = logits
     for done in range(steps):

@@ -118,13 +118,17 @@ class Engine:
             raise ValueError(f"the engine cannot train this: {reason}")
         self.x, self.y = x.flatten(1), y
         self.order = torch.arange(len(x), device=x.device)
-        self.losses = torch.zeros(steps, dtype=accumulate_dtype(x.dtype), device=x.device)
+        self.told = torch.zeros(steps, 1, dtype=accumulate_dtype(x.dtype), device=x.device)
         self._prepare(model, optimizer, settings, model.all_layers, lr_factors.to(x.device))
 
     def _prepare(
         self, model: PiNet, optimizer: PiSGD, settings: Train, layers: list[nn.Module], lr_factors: Tensor
     ) -> None:
-        """What every engine has. ``layers``: those it trains, from the input on."""
+        """What every engine has, beside ``told`` [steps, k], what the host learns of each step.
+
+        Args:
+            layers: those it trains, from the input on.
+        """
         self.model, self.settings, self.layers = model, settings, layers
         self.groups = {group["role"]: group for group in optimizer.param_groups}
         self.lr_factors, device = lr_factors.to(torch.float64), lr_factors.device
@@ -137,7 +141,9 @@ class Engine:
         self._on_gpu = device.type == "cuda"
         self._compute = compiled(self._compute_step) if self._on_gpu else self._compute_step
         self._append = append_fused if self._on_gpu else append_reference
-        self._one_pass = self.growing and layers[-1].role == "readout" and (not self._on_gpu or self._readout_in_one_pass())
+        self._one_pass = (
+            self.growing and layers[-1].role == "readout" and (not self._on_gpu or self._readout_in_one_pass())
+        )
         self._side = torch.cuda.Stream(device) if self._on_gpu else None
         self._steps: dict[int, Callable[[], None]] = {}
 
@@ -166,7 +172,7 @@ class Engine:
             rest()
         for state in self.growing:
             state.sync()
-        return self.losses.tolist()
+        return self.told[:, 0].tolist()
 
     @torch.no_grad()
     def _step_of(self, size: int) -> Callable[[], None]:
@@ -195,7 +201,7 @@ class Engine:
 
     def _mutable(self) -> Iterator[Tensor]:
         """Everything a step changes, but rows."""
-        yield from (self.position, self.step, self.finite, self.losses)
+        yield from (self.position, self.step, self.finite, self.told)
         for state in self.growing:
             yield from (state.count, state.decay)
         rows = {id(p) for state in self.growing for p in (state.layer.A, state.layer.B)}
@@ -234,28 +240,25 @@ class Engine:
             right, kept, factor), as :func:`pizoo.ops.dense.step` takes them.
         """
         lr_factor = self.lr_factors[self.step].squeeze(0)
-        loss, gradients = self._gradients(size)
+        loss, told, gradients = self._gradients(size)
         factors, norms = self._clip(gradients, lr_factor)
         self.finite.logical_and_(functools.reduce(torch.logical_and, [t.isfinite() for t in (loss, *norms)]))
         lr = self.settings.lr * lr_factor
         updates = self._update(gradients, factors, lr)
         # A gradient that is not finite shows as a loss that is not, so that the host knows the step.
-        self._tell(torch.where(self.finite | ~loss.isfinite(), loss, math.nan), size)
+        told = torch.where(self.finite | ~loss.isfinite(), told, math.nan)
+        self.told.index_copy_(0, self.position // self.settings.batch_size, told[None].to(self.told.dtype))
         self.position.add_(size)
         self.step.add_(1)
         return updates
 
-    def _tell(self, loss: Tensor, size: int) -> None:
-        """Keep the loss of a step for the host."""
-        self.losses.index_copy_(0, self.position // self.settings.batch_size, loss)
-
-    def _gradients(self, size: int) -> tuple[Tensor, list[Gradient]]:
-        """Loss (0-d) of the next ``size`` samples, and its gradients, layer by layer from the input on."""
+    def _gradients(self, size: int) -> tuple[Tensor, Tensor, list[Gradient]]:
+        """Loss of the next ``size`` samples (0-d), what the host is told of it [k], gradients of the layers in their order."""
         batch = self.order[self.position + torch.arange(size, device=self.order.device)]
         x, y = self.x[batch], self.y[batch]
         logits, entered = self._forward(x)
         loss, delta = self._loss(logits, y)
-        return loss, self._backward(x, delta, entered)
+        return loss, loss[None], self._backward(x, delta, entered)
 
     def _forward(self, x: Tensor) -> tuple[Tensor, list[tuple]]:
         """Output of the layers trained, and what the backward pass needs."""
@@ -387,13 +390,13 @@ def compiled(step: Callable) -> Callable:
     return torch.compile(step, fullgraph=True, dynamic=False, options=COMPILE_OPTIONS)
 
 
-def unsupported(settings: Train, steps_per_epoch: int, grows: bool) -> str | None:
+def unsupported(settings: Train, steps_per_epoch: int, grows: bool, trains_readout: bool = True) -> str | None:
     """Why the engine cannot train with these settings, in words; None if it can. ``grows``: an infinite net."""
     if settings.momentum:
         return "momentum moves every row at every step"
     if not grows:
         return None
-    if settings.last_layer_lr_mult == 0:
+    if trains_readout and settings.last_layer_lr_mult == 0:
         return "a read-out with learning-rate multiplier 0 does not grow"
     largest = max(1.0, settings.last_layer_lr_mult) if settings.apply_lr_mult_to_wd else 1.0
     kept = 1 - settings.lr * settings.weight_decay * largest

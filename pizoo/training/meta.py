@@ -7,7 +7,9 @@ that a training gives.
 
 from __future__ import annotations
 
+import math
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +27,16 @@ from pizoo.evaluation.fewshot import (
     split_pool,
     task_correct,
 )
-from pizoo.recipes import Recipe, RecipeError
+from pizoo.recipes import Recipe
 from pizoo.training.fewshot import clip_outer_gradient, task_results
 from pizoo.training.plan import samples_per_epoch
 from pizoo.training.report import LapTimer, StepProgress
 from pizoo.training.state import Snapshot, restore
 from pizoo.training.supervised import REMEDY, Training, TrainingDiverged, TrainResult, check_folder, training_results
+from pizoo.training.task_engine import TaskEngine, unsupported_tasks
 
 SELECTED = "validation_rotated"
+DRAWN = 1000  # steps whose tasks are drawn at once: an epoch's, of the recipes here
 
 
 class MetaTraining(Training):
@@ -55,10 +59,13 @@ class MetaTraining(Training):
         self.pool, self.validation = (split_pool(self.dataset, s).to(self.device) for s in ("train_rotated", SELECTED))
         self.class_names = class_names(self.recipe)
 
-    def _wants_engine(self, asked: bool | None) -> bool:
-        if asked:
-            raise RecipeError(f"{self.recipe.entry}: the engine cannot train this recipe: it trains on tasks")
-        return False
+    def _cannot(self) -> str | None:
+        return unsupported_tasks(self.model, self.recipe.train, self.recipe.tasks, self.steps_per_epoch)
+
+    def _make_engine(self) -> TaskEngine:
+        factors = torch.tensor([self._lr_factor(step) for step in range(self.steps)], dtype=torch.float64)
+        settings, tasks = self.recipe.train, self.recipe.tasks
+        return TaskEngine(self.model, self.optimizer, settings, tasks, factors.to(self.device), self.steps_per_epoch)
 
     def _begin_or_resume(self) -> None:
         self.best: Snapshot | None = None
@@ -78,14 +85,12 @@ class MetaTraining(Training):
         settings, begin = self.recipe.train, time.perf_counter()
         self.model.train()
         dtype = next(self.model.parameters()).dtype
-        uniform = device_uniform(self.device, settings.seed, epoch)
         first, sums = epoch * self.steps_per_epoch, torch.zeros(3, dtype=torch.float64)
-        for step in range(first, first + self.steps_per_epoch):
-            tasks = self.recipe.tasks
-            batch = self.pool.draw(uniform, settings.batch_size, self.recipe.data.classes, tasks.shots, tasks.queries)
-            means = self._outer_step(step, batch.to(dtype))
-            sums += means
-            bar.advance(epoch, means[1].item())
+        for step, means in enumerate(self._means(epoch, dtype), first):
+            if not math.isfinite(means[1]):
+                self._diverged(step, means[1])
+            sums += torch.tensor(means, dtype=torch.float64)
+            bar.advance(epoch, means[1])
         inner_loss, loss, train_accuracy = (sums / self.steps_per_epoch).tolist()
         record = {
             "epoch": epoch + 1,
@@ -105,15 +110,28 @@ class MetaTraining(Training):
             self.best = Snapshot(self.model)
         return self._log(record)
 
-    def _outer_step(self, step: int, batch: FewShotBatch) -> torch.Tensor:
-        """Take a step; returns the means over its tasks of inner loss, outer loss and accuracy, [3] on the CPU."""
+    def _means(self, epoch: int, dtype: torch.dtype) -> Iterator[list[float]]:
+        """Train for an epoch; of each step the means over its tasks of inner loss, outer loss and accuracy."""
+        tasks, size = self.recipe.tasks, self.recipe.train.batch_size
+        uniform = device_uniform(self.device, self.recipe.train.seed, epoch)
+        first, end = epoch * self.steps_per_epoch, (epoch + 1) * self.steps_per_epoch
+        for start in range(first, end, DRAWN):
+            count = size * min(DRAWN, end - start)
+            drawn = self.pool.draw(uniform, count, self.recipe.data.classes, tasks.shots, tasks.queries).to(dtype)
+            if self.engine is not None:
+                yield from self.engine.run_tasks(drawn, start)
+            else:
+                for i, batch in enumerate(drawn.split(size)):
+                    yield self._outer_step(start + i, batch)
+
+    def _outer_step(self, step: int, batch: FewShotBatch) -> list[float]:
         settings, tasks, max_norm = self.recipe.train, self.recipe.tasks, self._schedule(step)
         self.optimizer.zero_grad()
         results = task_results(self.model, batch, tasks.step_size, tasks.first_order, tasks.steps, tasks.layers)
         results.outer_losses.sum().backward()
         norms = clip_outer_gradient(self.model, self.optimizer, max_norm, settings.clip.per_param)
-        means = torch.stack([part.detach().double().mean() for part in results]).cpu()
-        self._take_step(step, means[1].item(), norms)
+        means = torch.stack([part.detach().double().mean() for part in results]).tolist()
+        self._take_step(step, means[1], norms)
         return means
 
     def _validate(self) -> float:

@@ -133,7 +133,7 @@ class Training:
         self.train_x, self.train_y = (part.to(self.device) for part in (self.dataset.train_x, self.dataset.train_y))
 
     def _wants_engine(self, asked: bool | None) -> bool:
-        reason = unsupported(self.recipe.train, self.steps_per_epoch, bool(self.growing))
+        reason = self._cannot()
         if self.device.type == "cuda" and not all(ops.fused(layer.B[:1], layer.A) for layer in self.growing.values()):
             reason = "there are no fused kernels for its rows on this device"
         if self.plan.rows_on == "host":
@@ -141,6 +141,10 @@ class Training:
         if asked and reason:
             raise RecipeError(f"{self.recipe.entry}: the engine cannot train this recipe: {reason}")
         return asked if asked is not None else self.device.type == "cuda" and reason is None
+
+    def _cannot(self) -> str | None:
+        """Why the engine cannot train this recipe, in words."""
+        return unsupported(self.recipe.train, self.steps_per_epoch, bool(self.growing))
 
     def _make_engine(self) -> Engine:
         settings = self.recipe.train
