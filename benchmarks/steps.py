@@ -33,10 +33,10 @@ def training(entry: str, samples: int) -> Training:
     return Training(recipe, Dataset("random", x, y, None, None, tuple(NAMES)), None, torch.device("cuda"))
 
 
-def fill(run: Training, rows: int) -> None:
-    """Grow every layer of ``run`` to ``rows`` random rows, small enough not to matter to the function."""
-    for layer in run.growing.values():
-        layer.reserve(rows + len(run.train_x))
+def fill(run: Training, rows: int, more: int) -> None:
+    """Grow every layer that trains to ``rows`` random rows, small enough not to matter, with room for ``more``."""
+    for layer in [state.layer for state in run.engine.growing]:
+        layer.reserve(rows + more)
         A, B, amult = layer.storages
         A[layer.count : rows].normal_()
         B[layer.count : rows].normal_().div_(B.shape[1] ** 0.5)
@@ -93,7 +93,7 @@ def main() -> None:
     print(f"copy {bandwidth / 1e12:.2f} TB/s")
     for rows in args.rows:
         run = training("cifar10_infpi", 8 * (args.steps + 10))
-        fill(run, rows)
+        fill(run, rows, len(run.train_x))
         torch.cuda.reset_peak_memory_stats()
         ms, setup = time_steps(run, args.steps)
         peak = torch.cuda.max_memory_allocated()
