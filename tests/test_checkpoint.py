@@ -32,6 +32,7 @@ TINY = (f"data.subset={N}", f"train.epochs={EPOCHS}", "train.batch_size=16", "tr
 RECIPES = {
     "infpi": ("digits_infpi", (*TINY, "model.r=8", "train.dtype=float32", "train.weight_decay=0.01")),
     "float16": ("digits_infpi", (*TINY, "model.r=8", "train.dtype=float16")),
+    "int8": ("digits_infpi", (*TINY, "model.r=8", "train.dtype=int8", "train.weight_decay=0.01")),
     "momentum": (
         "digits_infpi",
         (
@@ -45,7 +46,7 @@ RECIPES = {
     ),
     "finpi": ("digits_finpi", (*TINY, "model.r=8", "model.width=16", "train.momentum=0.9")),
 }
-GROWING = ("infpi", "float16", "momentum")
+GROWING = ("infpi", "float16", "int8", "momentum")
 
 
 class Stop(Exception):

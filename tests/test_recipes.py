@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 from pizoo import models, recipes
 from pizoo.optim import PiSGD, param_groups
@@ -307,6 +308,14 @@ def test_the_multiplier_counts_where_it_applies_to_weight_decay(write):
     with pytest.raises(RecipeError, match=r"1\.0 \* 0\.5 \* 2\.0 must be below 1"):
         load_recipe(write(MINIMAL), decay)
     assert load_recipe(write(MINIMAL), [*decay, "train.apply_lr_mult_to_wd=false"]).train.weight_decay == 0.5
+
+
+def test_int8_is_for_the_rows_of_growing_layers():
+    assert load_recipe("cifar10_infpi", ["train.dtype=int8"]).build_model().output.A.dtype == torch.int8
+    with pytest.raises(
+        RecipeError, match=r"train\.dtype: found 'int8', which is for rows of growing layers; a mu has none"
+    ):
+        load_recipe("cifar10_mu", ["train.dtype=int8"])
 
 
 def test_a_finite_net_has_a_width_of_at_least_its_rank():

@@ -43,7 +43,7 @@ class GrowingState:
         self.layer = layer
         self.storages = layer.storages
         self.rows, (self.bmult,) = self.storages[:3], self.storages[3:] or (None,)
-        device = layer.device
+        self.dtype, device = layer.A.dtype, layer.device
         self.count = torch.tensor([layer.count], device=device)
         self.decay = torch.tensor([layer.decay], dtype=torch.float64, device=device)
 
@@ -338,9 +338,8 @@ class Engine:
                 state = next(growing)
                 decay = state.decay * torch.where(self.finite, kept, 1.0)
                 state.decay.copy_(decay)
-                dtype = state.layer.A.dtype
-                A, scale = scaled(gradient.delta * gradient.scale * factor, dtype)
-                B, *bmult = directed(gradient.inputs, dtype)
+                A, scale = scaled(gradient.delta * gradient.scale * factor, state.dtype)
+                B, *bmult = directed(gradient.inputs, state.dtype)
                 amult = scale * (-step / decay).to(scale.dtype)
                 new_rows.append((state.count.clone(), A, B, amult, *bmult))
                 state.count.add_(self.finite * len(A))
