@@ -9,9 +9,8 @@ number of rows in use is read on the device, so that one captured launch serves 
 Columns are cut into pieces whose widths are powers of two (400 = 256 + 128 + 16). Samples stand first and rows or columns
 second in every product: then one copy of a tile of rows, loaded asynchronously, serves both products with it.
 
-Coefficients are rounded to the dtype of the rows (rows in int8 are float16 from there on, exactly) before a product with
-them. They are scaled by powers of two, exactly, so
-that neither tiny multipliers nor tiny rows underflow in half precision.
+Coefficients are rounded to the dtype of the rows (int8 rows become float16, exactly) before a product with them. They are
+scaled by powers of two, exactly, so that neither tiny multipliers nor tiny rows underflow in half precision.
 """
 
 from __future__ import annotations
@@ -77,9 +76,9 @@ def _rows_in_use(count, M):
 
 
 @triton.jit
-def _load(pointer, i, j, stride: tl.constexpr, rows, columns):
+def _load(pointer, i, j, stride: tl.constexpr, rows, columns, eviction: tl.constexpr):
     """The elements (i, j), zero outside ``rows`` x ``columns``."""
-    return tl.load(pointer + i * stride + j, mask=(i < rows) & (j < columns), other=0.0)
+    return tl.load(pointer + i * stride + j, mask=(i < rows) & (j < columns), other=0.0, eviction_policy=eviction)
 
 
 @triton.jit
@@ -107,13 +106,15 @@ def _load_rows(
     ROWS: tl.constexpr,
     STARTS: tl.constexpr,
     WIDTHS: tl.constexpr,
+    eviction: tl.constexpr,
 ):
     """A block of rows in pieces [ROWS, width] of ``dtype``, zero beyond ``count``."""
     pointer += tl.cast(block, tl.int64) * ROWS * stride
     row = tl.arange(0, ROWS)[:, None]
     pieces = ()
     for k in tl.static_range(len(WIDTHS)):
-        tile = _load(pointer, row, _columns(STARTS[k], WIDTHS[k])[None, :], stride, count - block * ROWS, r)
+        column = _columns(STARTS[k], WIDTHS[k])[None, :]
+        tile = _load(pointer, row, column, stride, count - block * ROWS, r, eviction)
         pieces += (tile.to(dtype),)
     return pieces
 
@@ -130,7 +131,7 @@ def _load_inputs(pointer, sample, b, r: tl.constexpr, STARTS: tl.constexpr, WIDT
     """Inputs, or gradients at outputs: pieces [samples, width] in float32."""
     pieces = ()
     for k in tl.static_range(len(WIDTHS)):
-        pieces += (_load(pointer, sample[:, None], _columns(STARTS[k], WIDTHS[k])[None, :], r, b, r),)
+        pieces += (_load(pointer, sample[:, None], _columns(STARTS[k], WIDTHS[k])[None, :], r, b, r, ""),)
     return pieces
 
 
@@ -209,8 +210,8 @@ def _forward_kernel(
         if bmult is not None:
             norms = _load_multipliers(bmult, program, count, ROWS)
         for block in tl.range(program, blocks, programs, num_stages=STAGES):
-            B_tiles = _load_rows(B, block, count, r, stride_B, dtype, ROWS, B_STARTS, B_WIDTHS)
-            A_tiles = _load_rows(A, block, count, r_out, stride_A, dtype, ROWS, A_STARTS, A_WIDTHS)
+            B_tiles = _load_rows(B, block, count, r, stride_B, dtype, ROWS, B_STARTS, B_WIDTHS, "")
+            A_tiles = _load_rows(A, block, count, r_out, stride_A, dtype, ROWS, A_STARTS, A_WIDTHS, "")
             next_multipliers = _load_multipliers(amult, block + programs, count, ROWS)
             q = _contract(inputs, B_tiles, PRECISION)
             if bmult is not None:
@@ -271,8 +272,13 @@ def _backward_kernel(
         if bmult is not None:
             norms = _load_multipliers(bmult, program, count, ROWS)
         for block in tl.range(program, blocks, programs, num_stages=STAGES):
-            B_tiles = _load_rows(B, block, count, r, stride_B, dtype, ROWS, B_STARTS, B_WIDTHS)
-            A_tiles = _load_rows(A, block, count, r_out, stride_A, dtype, ROWS, A_STARTS, A_WIDTHS)
+            B_tiles = _load_rows(B, block, count, r, stride_B, dtype, ROWS, B_STARTS, B_WIDTHS, "")
+            B_again = B_tiles
+            if bmult is not None:
+                # A tile of bytes takes another place in shared memory for each product. Alike, both loads would become one,
+                # which then is not asynchronous; this one comes from the cache.
+                B_again = _load_rows(B, block, count, r, stride_B, dtype, ROWS, B_STARTS, B_WIDTHS, "evict_first")
+            A_tiles = _load_rows(A, block, count, r_out, stride_A, dtype, ROWS, A_STARTS, A_WIDTHS, "")
             next_multipliers = _load_multipliers(amult, block + programs, count, ROWS)
             q = _contract(inputs, B_tiles, PRECISION)
             if bmult is not None:
@@ -286,7 +292,7 @@ def _backward_kernel(
                 norms = _load_multipliers(bmult, block + programs, count, ROWS)
             unit, inverse, top, factor = _rescale(unit, top, tl.max(tl.abs(coefficients), 1))
             coefficients = (coefficients * inverse[:, None]).to(dtype)
-            sums = _accumulate(sums, factor[:, None], coefficients, B_tiles, PRECISION)
+            sums = _accumulate(sums, factor[:, None], coefficients, B_again, PRECISION)
             multipliers = next_multipliers
         partial += program.to(tl.int64) * b * line
         _store(partial, sample, b, line, r, sums, (unit * delta_unit)[:, None], B_STARTS, B_WIDTHS)
@@ -461,14 +467,17 @@ def padded(columns: int) -> int:
 def _choose_launch(kernel, b: int, r: int, r_out: int, itemsize: int, device: torch.device) -> Launch:
     """The first that fits shared memory of the launches that were fastest at r = 400 on an H200."""
     launches = [Launch(32, 8, 4, 3), Launch(32, 8, 4, 2), Launch(16, 8, 4, 3), Launch(16, 8, 4, 2)]
-    if b > 32 and itemsize == 2 and r <= 512 and r_out <= 512:
+    if b > 32 and itemsize <= 2 and r <= 512 and r_out <= 512:
         wide = [Launch(32, 128, 8, 2)] if b > 64 and kernel is _forward_kernel else []
         launches = [*wide, Launch(32, 64, 8, 3), Launch(32, 64, 8, 2), *launches]
     available = _properties(device).shared_memory_per_block_optin if device.type == "cuda" else 1 << 17
     for launch in launches:
         buffers = launch.stages - (launch.batch < 64)
         inputs = r + r_out if kernel is _backward_kernel else r
-        used = itemsize * (launch.batch * inputs + buffers * launch.rows * (r + r_out))
+        used = max(itemsize, 2) * launch.batch * inputs + itemsize * buffers * launch.rows * (r + r_out)
+        if itemsize == 1:  # int8: B loaded again, and float16 tiles where products of many samples find them
+            used += buffers * launch.rows * r if kernel is _backward_kernel else 0
+            used += 2 * launch.rows * inputs if launch.batch >= 64 else 0
         # Programs of few samples wait more than they compute: two of them must fit.
         if used <= (available if launch.batch >= 64 else available // 2 - 1024):
             break
