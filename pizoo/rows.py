@@ -396,13 +396,14 @@ class Rows(nn.Module):
         else:
             amult, capacity = self._amult.used, self.capacity
             A_trained, B_trained = self.A.requires_grad, self.B.requires_grad
-            self.A.requires_grad = self.B.requires_grad = (
-                False  # torch makes a new Parameter on some conversions, not of integers with gradients
-            )
-            super()._apply(fn, recurse)
-            if not isinstance(self.A, GrowingWeight):
-                self.A, self.B = GrowingWeight(self.A.data), RowsParameter(self.B.data)
-            self.A.requires_grad, self.B.requires_grad = A_trained, B_trained
+            # On some conversions torch makes a new Parameter, which it refuses of integers that require a gradient.
+            self.A.requires_grad = self.B.requires_grad = False
+            try:
+                super()._apply(fn, recurse)
+            finally:
+                if not isinstance(self.A, GrowingWeight):
+                    self.A, self.B = GrowingWeight(self.A.data), RowsParameter(self.B.data)
+                self.A.requires_grad, self.B.requires_grad = A_trained, B_trained
             self.set_rows(self.A.data, self.B.data, amult, self.decay)
             self.reserve(capacity)
         if pending is not None:

@@ -26,11 +26,17 @@ def append_fused(new: tuple[Tensor, ...], storages: tuple[Tensor, ...], first: T
     width = triton.next_power_of_2(max(r, r_out))
     with torch.cuda.device_of(storages[0]):
         _append_kernel[(b,)](
-            *_four(*(part.contiguous() for part in new)), first, *_four(*storages), r_out, r, *strides, width
+            *_with_bmult(*(part.contiguous() for part in new)),
+            first,
+            *_with_bmult(*storages),
+            r_out,
+            r,
+            *strides,
+            width,
         )
 
 
-def _four(A: Tensor, B: Tensor, amult: Tensor, bmult: Tensor | None = None) -> tuple[Tensor | None, ...]:
+def _with_bmult(A: Tensor, B: Tensor, amult: Tensor, bmult: Tensor | None = None) -> tuple[Tensor | None, ...]:
     return A, B, amult, bmult
 
 
