@@ -18,23 +18,23 @@ from ops import copy_bandwidth
 from pizoo.data import Dataset
 from pizoo.evaluation.accuracy import predict
 from pizoo.recipes import load_recipe
-from pizoo.training.supervised import _Training
+from pizoo.training.supervised import Training
 
 NAMES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
 PAPER_MS = {50_000: 4.0, 250_000: 4.0, 1_000_000: 5.9, 2_500_000: 10.7}
 AT_ONCE = 1 << 18  # rows
 
 
-def training(entry: str, samples: int, *overrides: str) -> _Training:
+def training(entry: str, samples: int, *overrides: str) -> Training:
     """A training of ``entry`` on random data."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randint(0, 256, (samples, 3, 32, 32), dtype=torch.uint8, generator=generator)
     y = torch.randint(0, 10, (samples,), generator=generator)
     recipe = load_recipe(entry, ["train.epochs=1", "train.schedule={name: constant}", *overrides])
-    return _Training(recipe, Dataset("random", x, y, None, None, tuple(NAMES)), None, torch.device("cuda"))
+    return Training(recipe, Dataset("random", x, y, None, None, tuple(NAMES)), None, torch.device("cuda"))
 
 
-def fill(run: _Training, rows: int) -> None:
+def fill(run: Training, rows: int) -> None:
     """Grow every layer of ``run`` to ``rows`` random rows, small enough not to matter to the function."""
     for layer in run.growing.values():
         layer.reserve(rows + len(run.train_x))
@@ -46,12 +46,12 @@ def fill(run: _Training, rows: int) -> None:
     run.engine = run._make_engine()
 
 
-def bytes_of_two_passes(run: _Training) -> int:
+def bytes_of_two_passes(run: Training) -> int:
     """A and B of a row of every growing layer, once forward and once backward."""
     return 2 * sum(part.shape[1] * part.element_size() for layer in run.growing.values() for part in (layer.A, layer.B))
 
 
-def time_steps(run: _Training, steps: int) -> tuple[float, float]:
+def time_steps(run: Training, steps: int) -> tuple[float, float]:
     """Milliseconds per step, and seconds to compile and capture."""
     size = run.recipe.train.batch_size
     begin = time.perf_counter()
@@ -71,7 +71,7 @@ def time_steps(run: _Training, steps: int) -> tuple[float, float]:
     return events[0].elapsed_time(events[1]) / steps, setup
 
 
-def time_test(run: _Training, images: int = 10_000) -> float:
+def time_test(run: Training, images: int = 10_000) -> float:
     """Seconds from raw images in host memory to their logits there; the second time of two."""
     x = torch.randint(0, 256, (images, 3, 32, 32), dtype=torch.uint8)
     for _ in range(2):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,19 +14,30 @@ from torch import Tensor
 from pizoo import checkpoint
 from pizoo.data import ASSETS, dataset_path
 from pizoo.evaluation.accuracy import paired_difference
+from pizoo.evaluation.fewshot import SPLITS, TaskAccuracy
 from pizoo.plots import CURVES, draw_curves
 from pizoo.recipes import Recipe, decisive
 from pizoo.zoo import TUNED
 
 PAPER = "https://openreview.net/forum?id=tUMr0Iox8XW"
 TAGS = ["pi-net", "infinite-width", "image-classification"]
+TASK_TAGS = [*TAGS, "few-shot-learning"]
 TUNED_SHOWN = 8  # settings of a search
-DATASETS = {"cifar10": "CIFAR-10", "digits": "scikit-learn digits"}
+DATASETS = {"cifar10": "CIFAR-10", "digits": "scikit-learn digits", "omniglot": "Omniglot"}
 UNTRAINED = "No weights yet: `pizoo train {entry}` trains them, `pizoo.load` then takes the folder it writes."
 VERIFY = (
     "`pizoo verify {entry}` re-measures the number of this checkpoint; `pizoo verify --quick {entry}` checks the weights "
     "alone, without data."
 )
+# Of what learns tasks.
+VERIFY_TASKS = (
+    "`pizoo verify {entry}` re-measures this checkpoint on the first {verified:,} of the recorded tasks; "
+    "`pizoo verify --quick {entry}` checks its logits on one stored task, without data."
+)
+ADAPT = """\
+# support_x [{support}, {size}], ink 1 and paper 0; support_y: labels 0 to {last}
+predictor = model.adapt(support_x, support_y, {arguments})
+logits = predictor(query_x)"""
 # Of kernel regressors whose training images do not ship.
 ATTACH = """data = pizoo.zoo.dataset(model.config)  # the training images it predicts from
 model.attach(pizoo.zoo.preprocessing(model.config)(data.train_x, torch.float64))"""
@@ -150,7 +161,8 @@ class _Card:
     Attributes:
         recipe: of its ``config.json``.
         results: its ``results.json``; empty for an entry without weights.
-        correct: which test images were classified correctly, by the shipped net and every seed's.
+        correct: which test images were classified correctly, by the shipped net and every seed's, bool [n]; of tasks, which
+            queries of the headline's, bool [T, Q].
     """
 
     folder: Path
@@ -178,9 +190,31 @@ class _Card:
         return DATASETS.get(self.recipe["data"]["name"], self.recipe["data"]["name"])
 
     @property
-    def images(self) -> int:
-        """How many test images."""
+    def tasks(self) -> dict[str, Any] | None:
+        """The recipe's few-shot part; None: supervised."""
+        return self.recipe.get("tasks")
+
+    @property
+    def count(self) -> int:
+        """How many test images, or tasks."""
         return len(self.correct[checkpoint.SHIPPED])
+
+    @property
+    def unit(self) -> str:
+        """What is counted."""
+        return "task" if self.tasks else "test image"
+
+    @property
+    def split(self) -> str:
+        """What its number is on."""
+        return self.tasks["headline"] if self.tasks else "test"
+
+    @property
+    def chosen(self) -> str:
+        """Which epoch's net its number is of, to end a sentence with; nothing for kernels."""
+        if not self.recipe["train"]:
+            return ""
+        return ", epoch chosen on validation classes" if self.tasks else " after the last epoch"
 
     @property
     def published(self) -> dict[str, Any] | None:
@@ -200,24 +234,24 @@ class _Card:
         """Whether it is a kernel regressor whose training images do not ship."""
         data = self.recipe["data"]
         ships = data["path"] is None and dataset_path(data["name"]).is_relative_to(ASSETS)
-        return self.recipe["train"] is None and not ships
+        return self.recipe["train"] is None and not self.tasks and not ships
 
 
 def _metadata(card: _Card) -> ModelCardData:
     """The card's header, in the Hub's own words; with evaluation results where there are any."""
-    options = {"license": "mit", "library_name": "pizoo", "pipeline_tag": "image-classification", "tags": TAGS}
+    options = {"license": "mit", "library_name": "pizoo", "pipeline_tag": "image-classification"}
+    options["tags"] = TASK_TAGS if card.tasks else TAGS
     results = card.results
     if not results:
         return ModelCardData(model_name=card.name, **options)
-    after = " after the last epoch" if card.recipe["train"] else ""
-    measured = {f"accuracy of this checkpoint{after}": results["accuracy"]}
+    measured = {f"accuracy of this checkpoint{card.chosen}": results["accuracy"]}
     if len(results["seeds"]) > 1:
-        measured[f"mean accuracy over {len(results['seeds'])} {card.run}s{after}"] = results["mean_accuracy"]
+        measured[f"mean accuracy over {len(results['seeds'])} {card.run}s{card.chosen}"] = results["mean_accuracy"]
     shared = {
         "task_type": "image-classification",
         "dataset_type": card.recipe["data"]["name"],
         "dataset_name": card.data,
-        "dataset_split": "test",
+        "dataset_split": card.split,
         "metric_type": "accuracy",
     }
     evaluations = [
@@ -231,12 +265,14 @@ def _headline(card: _Card) -> str:
     published = f"Published: {card.published['accuracy']:.2f} %." if card.published else ""
     if not results:
         return f"Not measured yet. {published}".rstrip()
-    over = f", mean over {runs} {card.run}s" + (" ± standard error" if runs > 1 else "") if runs > 1 else ""
-    after = " after the last epoch" if card.recipe["train"] else ""
-    told = [
-        f"**{_mean(results)} %** of the {card.images:,} test images of {card.data} are classified correctly{after}{over}."
-    ]
-    if card.recipe["train"]:
+    over = f", mean over {runs} {card.run}s ± standard error" if runs > 1 else ""
+    measured_on = f"the {card.count:,} test images of {card.data}"
+    if card.tasks:
+        measured_on = (
+            f"the queries of {card.count:,} tasks of {card.data} ({_shape(card)}, {_words(card.split)} classes)"
+        )
+    told = [f"**{_mean(results)} %** of {measured_on} are classified correctly{card.chosen}{over}."]
+    if card.recipe["train"] and not card.tasks:
         told.append(f"Best epochs, test-selected: {results['mean_best_epoch_accuracy']:.2f} %.")
     if "tuned" in results:
         told.append(f"Tuned on held-out training images: {results['tuned']['accuracy']:.2f} %.")
@@ -244,40 +280,67 @@ def _headline(card: _Card) -> str:
 
 
 def _mean(results: dict[str, Any]) -> str:
-    error = results["standard_error"]
-    return f"{results['mean_accuracy']:.2f}" + ("" if error is None else f" ± {error:.2f}")
+    return _plus_minus(results["mean_accuracy"], results["standard_error"])
+
+
+def _plus_minus(accuracy: float, error: float | None) -> str:
+    return f"{accuracy:.2f}" + ("" if error is None else f" ± {error:.2f}")
+
+
+def _shape(card: _Card) -> str:
+    return f"{card.recipe['data']['classes']}-way {card.tasks['shots']}-shot"
+
+
+def _words(split: str) -> str:
+    """``"test_rotated"`` as a reader says it."""
+    return ", ".join(split.split("_"))
 
 
 def _code(card: _Card) -> str:
     if not card.results:
         return f'import pizoo\n\nmodel = pizoo.load("{card.name}", pretrained=False)'
     load = f'model = pizoo.load("{card.name}")'
+    if card.tasks:
+        return f"import pizoo\n\n{load}\n{_adapt(card)}"
     return f"import torch\n\nimport pizoo\n\n{load}\n{ATTACH}" if card.needs_images else f"import pizoo\n\n{load}"
+
+
+def _adapt(card: _Card) -> str:
+    tasks, ways = card.tasks, card.recipe["data"]["classes"]
+    options = {key: tasks[key] for key, usual in (("steps", 1), ("layers", "readout")) if tasks[key] != usual}
+    return ADAPT.format(
+        support=ways * tasks["shots"],
+        size=", ".join(map(str, card.recipe["data"]["input_size"])),
+        last=ways - 1,
+        arguments=", ".join(f"{key}={value!r}" for key, value in {"step_size": tasks["step_size"], **options}.items()),
+    )
 
 
 def _verification(card: _Card) -> str:
     if not card.results:
         return UNTRAINED.format(entry=card.name)
+    if card.tasks:
+        return VERIFY_TASKS.format(entry=card.name, verified=card.results["verification"]["tasks"])
     if not card.needs_images:
         return VERIFY.format(entry=card.name)
     train = f"{card.recipe['data']['subset']:,}" if card.recipe["data"]["subset"] else "all"
-    return VERIFY_KERNEL.format(entry=card.name, test=f"{card.images:,}", train=train, probe=checkpoint.PROBE_INPUTS)
+    return VERIFY_KERNEL.format(entry=card.name, test=f"{card.count:,}", train=train, probe=checkpoint.PROBE_INPUTS)
 
 
 def _sections(card: _Card) -> Iterator[tuple[str, str]]:
     """Titles and texts, in the order a reader asks."""
     if card.results:
-        yield "Numbers", _numbers(card)
+        yield "Numbers", _task_numbers(card) if card.tasks else _numbers(card)
     yield "The published number", _published(card)
     if compared := list(_compared(card)):
-        yield "Beside the others, on the same test images", "\n".join([COMPARED, *compared])
+        yield f"Beside the others, on the same {card.unit}s", "\n".join([COMPARED.format(unit=card.unit), *compared])
     yield "Training", _training(card)
     if "tuned" in card.results:
         yield "Tuning", _tuning(card)
 
 
 COMPARED = (
-    "Accuracy here minus accuracy there in points (means over seeds), compared image by image; 95 % interval over test images:"
+    "Accuracy here minus accuracy there in points (means over seeds), compared {unit} by {unit}; 95 % interval over {unit}s:"
     "\n\n"
     "| entry | difference | interval |\n| --- | --- | --- |"
 )
@@ -303,9 +366,51 @@ def _numbers(card: _Card) -> str:
     if len(results["seeds"]) > 1:
         total = f"{duration(results['total_wall_seconds'])} in all"
         lines.append(row("mean ± standard error", _mean(results), f"{results['mean_best_epoch_accuracy']:.2f}", total))
+    return "\n".join([*lines, "", _measured(results)])
+
+
+def _task_numbers(card: _Card) -> str:
+    """The recorded accuracies of a few-shot learner as a table: this checkpoint, every seed and their mean, on every split."""
+    results, trained = card.results, card.recipe["train"] is not None
+
+    def row(name: str, accuracies: Iterable[str], chosen: str, time: str) -> str:
+        return "| " + " | ".join((name, *accuracies, *((chosen, time) if trained else ()))) + " |"
+
+    def cells(splits: dict[str, Any], headline: str | None = None) -> Iterator[str]:
+        for split in SPLITS:
+            found, mark = TaskAccuracy(**splits[split]), "**" if split == headline else ""
+            yield f"{mark}{found.accuracy:.2f}{mark} ± {found.half_width:.2f}"
+
+    times = "; times are wall time, evaluation and saving included." if trained else "."
+    heads = [f"**{_words(split)}**" if split == card.split else _words(split) for split in SPLITS]
+    lines = [
+        f"{_shape(card)} accuracy in percent on {card.count:,} tasks of {card.data} each, with its 95 % interval over tasks. "
+        f"The classes are part of every number: rotated ones (each turned into four) are easier. This entry's number is on "
+        f"**{_words(card.split)}** classes{times}",
+        "",
+        row("", heads, "epoch chosen (validation accuracy)", "time"),
+        row("---", ["---"] * len(SPLITS), "---", "---"),
+    ]
+    shipped = f"**this checkpoint** ({card.run} {results['shipped_seed']})" if trained else "**this kernel**"
+    lines.append(row(shipped, cells(results["splits"], card.split), "", ""))
+    for run in results["seeds"] if trained else ():
+        best = f"{run['best_epoch']['epoch']} ({run['best_epoch']['accuracy']:.2f})"
+        lines.append(row(f"{card.run} {run['seed']}", cells(run["splits"]), best, duration(run["wall_seconds"])))
+    if len(results["seeds"]) > 1:
+        means = [results["mean_splits"][split] for split in SPLITS]
+        means = [_plus_minus(mean["accuracy"], mean["standard_error"]) for mean in means]
+        total = f"{duration(results['total_wall_seconds'])} in all"
+        lines.append(row("mean ± standard error over seeds", means, "", total))
+    if card.published:
+        there = [f"{card.published['accuracy']:.2f}" if split == card.split else "" for split in SPLITS]
+        lines.append(row("published", there, "", ""))
+    return "\n".join([*lines, "", _measured(results)])
+
+
+def _measured(results: dict[str, Any]) -> str:
+    """Where and when."""
     commit = f", commit {results['commit']}" if results["commit"] else ""
-    told = f"Measured on {results['hardware']}, {results['date']}, torch {results['versions']['torch']}{commit}."
-    return "\n".join([*lines, "", told])
+    return f"Measured on {results['hardware']}, {results['date']}, torch {results['versions']['torch']}{commit}."
 
 
 def duration(seconds: float) -> str:
@@ -324,11 +429,9 @@ def _published(card: _Card) -> str:
     told = [f"{published['accuracy']:.2f} ({published['source']}; {published['protocol']})."]
     if results:
         away = results["mean_accuracy"] - published["accuracy"]
-        share = results["mean_accuracy"] / 100
-        chance = 100 * (share * (1 - share) / card.images) ** 0.5
         told.append(
-            f"The number here is {abs(away):.2f} points {'above' if away > 0 else 'below'} it; {card.images:,} test images "
-            f"alone give a standard error of {chance:.2f} points."
+            f"The number here is {abs(away):.2f} points {'above' if away > 0 else 'below'} it; {card.count:,} {card.unit}s "
+            f"alone give a standard error of {_chance(card):.2f} points."
         )
     if published["rerun"] is not None:
         here = (
@@ -338,8 +441,16 @@ def _published(card: _Card) -> str:
     return " ".join([*told, *([card.recipe["differs"]] if card.recipe["differs"] else [])])
 
 
+def _chance(card: _Card) -> float:
+    """Standard error in points that its number has for being measured on so many test images, or tasks."""
+    if card.tasks:
+        return card.results["splits"][card.split]["standard_error"]
+    share = card.results["mean_accuracy"] / 100
+    return 100 * (share * (1 - share) / card.count) ** 0.5
+
+
 def _compared(card: _Card) -> Iterator[str]:
-    """Lines of a table: how far this entry is from those beside it on the same test images."""
+    """Lines of a table: how far this entry is from those beside it on the same test images, or tasks."""
     if not card.results or card.run == "split":  # other splits are other test images
         return
     name = card.recipe["data"]["name"]
@@ -348,34 +459,45 @@ def _compared(card: _Card) -> Iterator[str]:
         if folder.name == card.folder.name or checkpoint.read_config(folder)["recipe"]["data"]["name"] != name:
             continue
         other = _Card.read(folder)
-        if other.results and other.images == card.images:
+        if other.results and (other.split, other.count) == (card.split, card.count):
             away = paired_difference(_share(card), _share(other))
             yield f"| `{other.name}` | {away.points:+.2f} | {away.low:+.2f} to {away.high:+.2f} |"
 
 
 def _share(card: _Card) -> Tensor:
-    """For each test image the share of seeds that classify it correctly."""
+    """For each test image the share of seeds that classify it correctly; for each task the mean share of its queries."""
     rights = [card.correct[checkpoint.seed_key(run["seed"])] for run in card.results["seeds"]]
-    return torch.stack(rights).double().mean(0)
+    return torch.stack(rights).double().mean(0).view(card.count, -1).mean(1)
 
 
 def _training(card: _Card) -> str:
     recipe, train = card.recipe, card.recipe["train"]
     subset = recipe["data"]["subset"]
     images = f"{subset:,} of the training images" if subset else "all training images"
+    if train is None and card.tasks:
+        return (
+            f"Not trained: adapted to each task from zero, by a step of {card.tasks['step_size']:g} in the kernel's space of "
+            f"functions ({_settings(recipe['model'])})."
+        )
     if train is None:
         return f"Not trained: solved in float64 on {images} ({_settings(recipe['model'])})."
     clip, schedule = train["clip"], train["schedule"]
     clipped = "" if clip["max_norm"] is None else f", gradients clipped at {clip['max_norm']:g}"
     stored = "rows" if recipe["model"]["kind"] == "infpi" else "weights"
-    picture = (
-        f"\n\n![Training loss and test accuracy over the epochs]({CURVES})" if (card.folder / CURVES).exists() else ""
-    )
+    measured = "validation" if card.tasks else "test"
+    picture = f"\n\n![Training loss and {measured} accuracy over the epochs]({CURVES})"
+    epochs = f"{train['epochs']} epochs on {images}, batches of {train['batch_size']}"
+    if card.tasks:
+        order = "first" if card.tasks["first_order"] else "second"
+        epochs = (
+            f"{train['epochs']} epochs of {train['steps_per_epoch']} outer steps on {train['batch_size']} tasks each ({order} "
+            f"order, inner steps of {card.tasks['step_size']:g})"
+        )
     return (
-        f"{train['epochs']} epochs on {images}, batches of {train['batch_size']}, SGD with learning rate {train['lr']:g}, "
+        f"{epochs}, SGD with learning rate {train['lr']:g}, "
         f"{schedule['name']} schedule{clipped}; {stored} in {train['dtype']}. `config.json` holds the whole recipe. "
         f"To run it again: `pizoo train {recipe['entry']}`; all of it, this card included: `pizoo reproduce {recipe['entry']}`."
-        f"{picture}"
+        f"{picture if (card.folder / CURVES).exists() else ''}"
     )
 
 

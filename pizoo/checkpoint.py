@@ -27,7 +27,7 @@ import json
 import os
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -58,7 +58,9 @@ LOCK = "train.lock"
 CPU = torch.device("cpu")
 READ_BYTES = 1 << 26  # of rows at once, from a file into the storage reserved for them
 NETWORKS = {cls.__name__: cls for cls in (models.InfPiMLP, models.FinPiMLP, models.MuMLP)}
-REGRESSORS = {cls.__name__: cls for cls in (models.NNGPRegressor, models.NTKRegressor)}
+KERNELS = {
+    cls.__name__: cls for cls in (models.NNGPRegressor, models.NTKRegressor, models.NNGPLearner, models.NTKLearner)
+}
 
 
 class CheckpointError(RuntimeError):
@@ -216,10 +218,10 @@ def build(description: Mapping[str, Any], device=None, dtype: torch.dtype | None
     """
     name, hparams = description.get("class"), description.get("hparams", {})
     try:
-        if name in REGRESSORS:
-            return REGRESSORS[name](**hparams).to(device)
+        if name in KERNELS:
+            return KERNELS[name](**hparams).to(device)
         if name not in NETWORKS:
-            known = ", ".join((*NETWORKS, *REGRESSORS))
+            known = ", ".join((*NETWORKS, *KERNELS))
             raise CheckpointError(f"the checkpoint is of a {name!r}; this version of pizoo knows {known}")
         options: dict[str, Any] = {"device": device, "dtype": dtype}
         if name == "InfPiMLP" and dtype is None and "rows_dtype" in description:
@@ -233,18 +235,15 @@ def save(
     folder: Path,
     model: nn.Module,
     config: Mapping[str, Any],
-    probe_x: Tensor,
-    probe_logits: Tensor,
-    probe_train_x: Tensor | None = None,
+    probe: Mapping[str, Tensor],
 ) -> None:
     """Write a shipped checkpoint: weights, probe, and ``config`` completed by what builds and checks the net.
 
     Args:
-        probe_x, probe_logits: inputs as the net takes them [n, ...] and its logits [n, classes].
-        probe_train_x: of a kernel regressor, the first of its training inputs [m, ...]; ``probe_logits`` are what these
-            contribute.
+        probe: ``x``, inputs as the net takes them [n, ...], and ``logits`` [n, classes], its own there. Of a kernel regressor
+            also ``train_x``, the first of its training inputs [m, ...]: the logits are what these contribute. Of what learns
+            tasks also ``support_x`` and ``support_y``, to which it is adapted first.
     """
-    probe = {"x": probe_x, "logits": probe_logits} | ({} if probe_train_x is None else {"train_x": probe_train_x})
     folder.mkdir(parents=True, exist_ok=True)
     # A disk that fills up leaves an older checkpoint whole; a kill between the renames leaves digests that do not fit.
     with tempfile.TemporaryDirectory(prefix=".saving-", dir=folder) as scratch:
@@ -273,11 +272,10 @@ def save_with_probe(
     dtype = (
         torch.float32 if anchor.dtype == torch.float64 else anchor.dtype
     )  # float64 would double the file for nothing
-    train_x = None
+    probe = {"x": normalize(x[:PROBE_INPUTS].to(anchor.device), dtype)}
     if isinstance(model, models.KernelRegressor):
-        train_x = normalize(dataset.train_x[:PROBE_INPUTS].to(anchor.device), dtype)
-    probe = normalize(x[:PROBE_INPUTS].to(anchor.device), dtype)
-    save(folder, model, config, probe, probe_logits(model.eval(), probe, train_x), train_x)
+        probe["train_x"] = normalize(dataset.train_x[:PROBE_INPUTS].to(anchor.device), dtype)
+    save(folder, model, config, {**probe, "logits": probe_logits(model.eval(), **probe)})
 
 
 @torch.no_grad()
@@ -327,7 +325,7 @@ def load(
     """Load a net and its ``config.json`` from a shipped or a training checkpoint.
 
     Args:
-        epoch: of a training checkpoint, the epoch to load; None: the last.
+        epoch: of a training checkpoint, the epoch to load; None: the one its training chose, else the last.
         dtype: None: float32, rows as stored.
         rows_on: where rows of growing layers are kept: "device", "host" (they stream from there), or "auto": on the host
             where the device, a GPU, has no room for them.
@@ -343,7 +341,8 @@ def load(
     model = build(config["pizoo"], device, dtype)
     layers = growing_layers(model)
     if (folder / MANIFEST).exists() and (epoch is not None or not (folder / MODEL).exists()):
-        state = read_epoch(folder, epoch).state
+        chosen = read_manifest(folder).get("chosen")
+        state = read_epoch(folder, chosen if epoch is None else epoch).state
     elif epoch is not None:
         raise CheckpointError(f"{folder} holds one net, not epochs: epoch={epoch} cannot be loaded from it")
     else:
@@ -512,7 +511,7 @@ def start_training(folder: Path, model: nn.Module, config: Mapping[str, Any]) ->
     """Begin a training checkpoint in an empty folder: config, first segment, manifest."""
     write_json(folder / CONFIG, complete(config, model, {}))
     manifest = {"format": FORMAT, "epochs": [], "segments": []}
-    _write_segment(folder, model, manifest)
+    _write_segment(folder, *_new_rows(model, manifest), manifest)
     _write_manifest(folder, manifest)
 
 
@@ -521,38 +520,51 @@ def save_epoch(
     model: nn.Module,
     record: Mapping[str, Any],
     optimizer: Mapping[str, Tensor],
-    keep_states: bool,
+    keep: Collection[int] | None = None,
+    chosen: int | None = None,
+    submit: Callable[[Callable[[], None]], None] = lambda work: work(),
 ) -> None:
     """Add an epoch: a segment with the rows appended since the last, a state file, then the manifest that names them.
 
     Args:
         record: JSON values to keep with it; ``record["epoch"]`` numbers it.
         optimizer: tensors of the optimizer, by name.
-        keep_states: keep earlier epochs loadable; False (finite nets, whose state is the whole net) removes their files
-            and keeps their records.
+        keep: earlier epochs to keep loadable; None: all. Of others the files are removed and the records kept (finite nets,
+            whose state is the whole net).
+        chosen: the epoch that :func:`load` is to give when not told which; None: the last.
+        submit: takes the writing, which may be done while the net trains on, but before the next epoch is saved.
     """
     manifest = read_manifest(folder)
-    _write_segment(folder, model, manifest)
+    new_rows, ranges = _new_rows(model, manifest)
     layers = growing_layers(model)
     rows = {f"{name}.{part}" for name in layers for part in ("A", "B", "amult")}
     tensors = {f"model/{name}": tensor for name, tensor in persistent_tensors(model) if name not in rows}
     tensors |= {f"amult/{name}": layer.stored_amult for name, layer in layers.items()}
     tensors |= {f"decay/{name}": torch.tensor(layer.decay, dtype=torch.float64) for name, layer in layers.items()}
     tensors |= {f"optimizer/{name}": tensor for name, tensor in optimizer.items()}
-    state = f"state-{record['epoch']:05d}.safetensors"
-    entry = {
-        **record,
-        "state": {"file": state, "sha256": write_tensors(folder / state, tensors)},
-        "segments": len(manifest["segments"]),
-    }
-    if not keep_states:
-        manifest["epochs"] = [{**old, "state": None} for old in manifest["epochs"]]
-    manifest["epochs"].append(entry)
-    _write_manifest(folder, manifest)
-    if not keep_states:
-        for file in folder.glob("state-*.safetensors"):
-            if file.name != state:
-                file.unlink()
+    tensors = {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
+
+    def write() -> None:
+        _write_segment(folder, new_rows, ranges, manifest)
+        state = f"state-{record['epoch']:05d}.safetensors"
+        entry = {
+            **record,
+            "state": {"file": state, "sha256": write_tensors(folder / state, tensors)},
+            "segments": len(manifest["segments"]),
+        }
+        if keep is not None:
+            manifest["epochs"] = [old if old["epoch"] in keep else {**old, "state": None} for old in manifest["epochs"]]
+        manifest["epochs"].append(entry)
+        if chosen is not None:
+            manifest["chosen"] = chosen
+        _write_manifest(folder, manifest)
+        if keep is not None:
+            held = {record["state"]["file"] for record in manifest["epochs"] if record["state"]}
+            for file in folder.glob("state-*.safetensors"):
+                if file.name not in held:
+                    file.unlink()
+
+    submit(write)
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -591,14 +603,21 @@ def read_epoch(folder: Path, epoch: int | None = None) -> Epoch:
         raise CheckpointError(f"{folder / MANIFEST} lacks something ({error!r}): it is damaged") from None
 
 
-def _write_segment(folder: Path, model: nn.Module, manifest: dict[str, Any]) -> None:
-    """Write the rows no segment holds yet, if there are any, and enter them into the manifest."""
+def _new_rows(model: nn.Module, manifest: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, list[int]]]:
+    """The rows no segment holds yet, in host memory, and their range in each layer. Stored rows never change."""
     tensors, ranges = {}, {}
     for name, layer in growing_layers(model).items():
         held = max((s["rows"][name][1] for s in manifest["segments"] if name in s["rows"]), default=0)
         if layer.count > held:
-            tensors |= {f"{name}.A": layer.A[held:], f"{name}.B": layer.B[held:]}
+            tensors |= {f"{name}.{part}": rows[held:].detach().cpu() for part, rows in (("A", layer.A), ("B", layer.B))}
             ranges[name] = [held, layer.count]
+    return tensors, ranges
+
+
+def _write_segment(
+    folder: Path, tensors: Mapping[str, Tensor], ranges: Mapping[str, list[int]], manifest: dict[str, Any]
+) -> None:
+    """Write new rows, if there are any, and enter them into the manifest."""
     if tensors:
         file = f"rows-{len(manifest['segments']):05d}.safetensors"
         manifest["segments"].append({"file": file, "sha256": write_tensors(folder / file, tensors), "rows": ranges})

@@ -55,11 +55,13 @@ def list_command(pattern: Annotated[str, typer.Argument(help="Glob pattern.")] =
     rows = []
     for entry in _entries([pattern]):
         config, results = zoo.config(entry), zoo.card(entry) / checkpoint.RESULTS
-        recorded = checkpoint.read_json(results)["accuracy"] if results.exists() else None
+        recorded = checkpoint.read_json(results) if results.exists() else {}
+        split = f" ({recorded['split']})" if "split" in recorded else ""
         timm_name = f"{config['architecture']}.{config['pretrained_cfg']['tag']}" if config["architecture"] else "–"
         published = config["recipe"]["published"]
         weights = "here" if zoo.has_weights(entry) else "none: train it"
-        rows.append((entry, timm_name, _percent(recorded), _percent(published and published["accuracy"]), weights))
+        accuracy = _percent(recorded.get("accuracy")) + split
+        rows.append((entry, timm_name, accuracy, _percent(published and published["accuracy"]), weights))
     _print_table(("entry", "timm name", "accuracy", "published", "weights"), rows)
 
 
@@ -81,7 +83,7 @@ def train(
     """Train a recipe. Run again with the same folder, it goes on where it was stopped."""
     from pizoo.recipes import load_recipe
     from pizoo.training.seeds import parse_seeds, run_seeds
-    from pizoo.training.supervised import train as run
+    from pizoo.training.train import train as run
 
     loaded = load_recipe(recipe, set_ or ())
     if dry_run:
@@ -99,7 +101,11 @@ def train(
     except KeyboardInterrupt:
         err.print(f"interrupted; the same command goes on after the last finished epoch in {folder}", soft_wrap=True)
         raise typer.Exit(130) from None
-    columns = ("entry", "test accuracy", "best epoch (test-selected)", "training time", "wall time", "peak memory")
+    part, best = (loaded.tasks.headline if loaded.tasks else "test"), rows[0][1].get("best_epoch")
+    if loaded.tasks:
+        _print_splits([(name, one["splits"]) for name, one in rows], part)
+    chosen = f"best epoch ({best['note']})" if best and loaded.train else "best epoch"
+    columns = ("entry", f"{part} accuracy", chosen, "training time", "wall time", "peak memory")
     _print_table(columns, [(name, *_training_cells(one, loaded.train is not None)) for name, one in rows])
     if seeds is not None:
         out.print(f"{loaded.entry}: {_mean(results)}", soft_wrap=True)
@@ -132,11 +138,11 @@ def _print_plan(recipe: Any, data: Path | None, device: str | None, rows_on: str
     """What training a recipe would take, as a table."""
     from pizoo.cards import duration
     from pizoo.evaluation.accuracy import choose_device
-    from pizoo.training.plan import plan
+    from pizoo.training.plan import plan, samples_per_epoch
 
     if recipe.train is None:
-        raise ValueError(f"{recipe.entry} is solved, not trained: there is no training to plan")
-    samples = len(recipe.data.load(data).train_x)
+        raise ValueError(f"{recipe.entry} is a kernel, which is not trained: there is no training to plan")
+    samples = samples_per_epoch(recipe) if recipe.tasks else len(recipe.data.load(data).train_x)
     planned = plan(recipe, samples, choose_device(device), estimate_time=True, rows_on=rows_on)
     row = (
         recipe.entry,
@@ -154,18 +160,41 @@ def _print_plan(recipe: Any, data: Path | None, device: str | None, rows_on: str
     planned.check(recipe.entry)
 
 
+def _print_splits(rows: Iterable[tuple[str, dict[str, Any]]], headline: str) -> None:
+    """Few-shot accuracy of nets on every split, the entry's own number marked."""
+    from pizoo.evaluation.fewshot import TaskAccuracy
+
+    cells = []
+    for name, splits in rows:
+        for split, values in splits.items():
+            found, mark = TaskAccuracy(**values), " (the entry's number)" if split == headline else ""
+            accuracy = _percent(found.accuracy) + _plus_minus(found.half_width)
+            cells.append((name, split + mark, f"{found.tasks:,}", accuracy))
+    _print_table(("entry", "classes", "tasks", "accuracy (95 %)"), cells)
+
+
+def _plus_minus(half_width: float | None) -> str:
+    return "" if half_width is None else f" ± {half_width:.2f}"
+
+
 @app.command()
 def evaluate(
     entry: Annotated[str, typer.Argument(help="An entry's name, or the folder of a checkpoint.")],
     data: Data = None,
     device: Device = None,
-    epoch: Annotated[int | None, typer.Option(help="Epoch of a training checkpoint (the last).")] = None,
+    epoch: Annotated[
+        int | None, typer.Option(help="Epoch of a training checkpoint (the one it chose, else the last).")
+    ] = None,
+    tasks: Annotated[int | None, typer.Option(min=1, help="Tasks of each split, for a few-shot learner.")] = None,
     rows_on: RowsOn = "auto",
 ) -> None:
-    """Measure the test accuracy of an entry or a checkpoint."""
+    """Measure the test accuracy of an entry or a checkpoint; of a few-shot learner on four splits."""
     from pizoo.evaluation.entries import evaluate as run
 
-    result = run(entry, data_dir=data, device=device, epoch=epoch, rows_on=rows_on)
+    result = run(entry, data_dir=data, device=device, epoch=epoch, rows_on=rows_on, tasks=tasks)
+    if "splits" in result:
+        _print_splits([(entry, result["splits"])], result["split"])
+        return
     row = (
         entry,
         f"{result['data']} test",
@@ -226,12 +255,16 @@ def verify(
             report = run(entry, data, device, quick, images)
         reports.append(report)
         probe = report.check == "probe"
-        mean = _percent(report.mean) + (f" ± {report.standard_error:.2f}" if report.standard_error is not None else "")
+        mean = _percent(report.mean) + _plus_minus(report.standard_error)
         row = (
             entry,
             {"verified": "[green]verified[/]", "mismatch": "[red]mismatch[/]"}.get(report.status, "[yellow]not run[/]"),
             "probe" if probe else _percent(report.recorded),
-            "–" if report.measured is None else f"off {report.measured:.0e}" if probe else _percent(report.measured),
+            "–"
+            if report.measured is None
+            else f"off {report.measured:.0e}"
+            if probe
+            else _percent(report.measured) + _plus_minus(report.half_width),
             mean,
             _percent(report.published),
             "–" if report.reproduction.startswith("no ") else report.reproduction,
@@ -243,6 +276,9 @@ def verify(
     if images is not None:
         out.print(f"of the first {images} test images, as recorded and as measured")
     for report in reports:
+        if report.half_width is not None:
+            told = f"measured on {report.check}, ± the 95 % interval; mean over seeds of all recorded tasks"
+            out.print(f"{report.entry}: {told}", markup=False, soft_wrap=True)
         if report.reason:
             out.print(f"{report.entry}: {report.reason}", markup=False, soft_wrap=True)
     if json_file is not None:
@@ -318,7 +354,7 @@ def card(
 
 
 @data_app.command("prepare")
-def data_prepare(name: Annotated[str, typer.Argument(help="cifar10")], data: Data = None) -> None:
+def data_prepare(name: Annotated[str, typer.Argument(help="cifar10 or omniglot")], data: Data = None) -> None:
     """Download a data set and write it into the data folder."""
     from pizoo.data import prepare
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from pizoo.functional import unit
+from pizoo.functional import feature_kernel_from_preactivations, relu_kernel, unit
 from pizoo.ops import growing_backward, growing_forward
 from pizoo.rows import Rows
 
@@ -63,6 +63,10 @@ class InfPiInput(nn.Module):
         if self.bias is not None:
             g = g + self.bias_alpha * self.bias
         return self.alpha * g
+
+    def kernel(self, x: Tensor, y: Tensor) -> Tensor:
+        """How much a gradient step at inputs y moves the output at x: ``x yᵀ``. [..., n, d], [..., m, d] -> [..., n, m]."""
+        return x @ y.mT
 
     def extra_repr(self) -> str:
         return f"d={self.A.shape[0]}, r={self.A.shape[1]}, bias_alpha={self.bias_alpha}, alpha={self.alpha}"
@@ -139,6 +143,13 @@ class InfPiLinear(Rows):
         if self.bias is not None:
             out = out + self.bias_alpha * self.bias
         return self.alpha * out if self.alpha != 1 else out
+
+    def kernel(self, x: Tensor, y: Tensor) -> Tensor:
+        """How much rows with inputs y move the output at x: the ReLU kernel, of unit vectors under layernorm.
+
+        [..., n, r], [..., m, r] -> [..., n, m].
+        """
+        return feature_kernel_from_preactivations(x, y) if self.layernorm else relu_kernel(x, y)
 
     def extra_repr(self) -> str:
         return (
@@ -247,6 +258,10 @@ class PiLinear(nn.Linear):
         else:
             out = _ProjectedLinear.apply(x, self.weight, bias, basis)
         return self.alpha * out if self.alpha != 1 else out
+
+    def kernel(self, x: Tensor, y: Tensor) -> Tensor:
+        """As :meth:`InfPiInput.kernel`."""
+        return x @ y.mT
 
 
 class _ProjectedLinear(torch.autograd.Function):

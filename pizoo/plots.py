@@ -11,14 +11,18 @@ from pizoo import checkpoint
 log = logging.getLogger("pizoo")
 
 CURVES = "curves.png"
+ACCURACIES = {  # of a curve: the axis they are drawn on
+    "test_accuracy": "test accuracy in percent",
+    "validation_accuracy": "validation accuracy (rotated) in percent",
+}
 
 
 def draw_curves(path: Path, records: list[dict[str, Any]], published: float | None = None) -> bool:
-    """Draw training loss and test accuracy of every seed, epoch by epoch, as a PNG.
+    """Draw training loss and test accuracy (on tasks validation accuracy) of every seed, epoch by epoch, as a PNG.
 
     Args:
         records: of seeds, with ``seed`` and ``curve`` (:class:`pizoo.training.seeds.SeedRun`).
-        published: accuracy in percent, for a line to compare with.
+        published: accuracy in percent, for a line to compare test accuracies with.
 
     Returns:
         whether there is a picture: False, and a warning in the log, without matplotlib.
@@ -30,13 +34,14 @@ def draw_curves(path: Path, records: list[dict[str, Any]], published: float | No
         return False
     figure = Figure(figsize=(10, 3.8), layout="constrained")
     left, right = figure.subplots(1, 2)
+    (measured,) = ACCURACIES.keys() & records[0]["curve"]
     for record in records:
-        for axes, key in ((left, "train_loss"), (right, "test_accuracy")):
+        for axes, key in ((left, "train_loss"), (right, measured)):
             values = record["curve"][key]
             axes.plot(range(1, len(values) + 1), values, linewidth=1.2, label=f"seed {record['seed']}")
     left.set(xlabel="epoch", ylabel="training loss", yscale="log")
-    right.set(xlabel="epoch", ylabel="test accuracy in percent")
-    if published is not None:
+    right.set(xlabel="epoch", ylabel=ACCURACIES[measured])
+    if published is not None and measured == "test_accuracy":
         right.axhline(published, color="black", linestyle=":", linewidth=1, label="published")
     right.legend(frameon=False)
     for axes in (left, right):

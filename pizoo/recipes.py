@@ -19,15 +19,26 @@ import re
 import typing
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, Strict, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, Strict, ValidationError, model_serializer, model_validator
 
 import pizoo
-from pizoo.data import DIGITS_SPLITS, Dataset, Normalize, list_datasets, load_dataset
-from pizoo.models import FinPiMLP, InfPiMLP, KernelRegressor, MuMLP, NNGPRegressor, NTKRegressor, PiNet
+from pizoo.data import DIGITS_SPLITS, Dataset, Normalize, TaskPool, list_datasets, load_dataset, load_tasks
+from pizoo.models import (
+    FinPiMLP,
+    InfPiMLP,
+    KernelLearner,
+    KernelRegressor,
+    MuMLP,
+    NNGPLearner,
+    NNGPRegressor,
+    NTKLearner,
+    NTKRegressor,
+    PiNet,
+)
 
 Count = Annotated[int, Field(ge=1, le=1_000_000)]
 Positive = Annotated[float, Field(gt=0, le=1e6)]
@@ -38,6 +49,7 @@ Counts = Annotated[tuple[Count, ...], Strict(False)]
 
 ENTRYS_OWN = ("entry", "description", "published", "differs", "seeds", "tolerance", "tune")
 KERNELS = {"nngp": NNGPRegressor, "ntk": NTKRegressor}
+KERNEL_LEARNERS = {"nngp": NNGPLearner, "ntk": NTKLearner}
 
 
 class RecipeError(ValueError):
@@ -48,6 +60,11 @@ class _Part(BaseModel):
     """A mapping of a recipe. Checks across fields raise ``ValueError("field: found ...; must ...")``."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+    only_if_given: ClassVar[tuple[str, ...]] = ()  # what most recipes lack: left out of a description that lacks it
+
+    @model_serializer(mode="wrap")
+    def _describe(self, handler) -> dict[str, Any]:
+        return {k: v for k, v in handler(self).items() if v is not None or k not in self.only_if_given}
 
 
 class _Net(_Part):
@@ -88,20 +105,33 @@ class Mu(_Net):
 
     kind: Literal["mu"]
     width: Count
+    # What the initial weights of the first layers are multiplied by, from the input on.
+    initial_scales: Annotated[tuple[Positive, ...], Strict(False)] | None = None
+    only_if_given: ClassVar[tuple[str, ...]] = ("initial_scales",)
+
+    @model_validator(mode="after")
+    def _check(self) -> Mu:
+        if self.initial_scales is not None and len(self.initial_scales) > self.hidden_layers + 1:
+            raise ValueError(
+                f"initial_scales: found {list(self.initial_scales)}; must be at most one for each of {self.hidden_layers + 1} "
+                "layers"
+            )
+        return self
 
 
 class NNGP(_Part):
-    """Ridge regression with the NNGP kernel; see :func:`pizoo.functional.nngp`."""
+    """The NNGP kernel, for ridge regression or few-shot learning; see :func:`pizoo.functional.nngp`."""
 
     kind: Literal["nngp"]
     depth: Annotated[int, Field(ge=1, le=1000)]
     var_w: Positive = 1.0
     var_b: NonNegative = 0.0
-    ridge: Positive
+    ridge: Positive | None = None  # None: few-shot learning has none
+    only_if_given: ClassVar[tuple[str, ...]] = ("ridge",)
 
 
 class NTK(_Part):
-    """Ridge regression with the neural tangent kernel; see :func:`pizoo.functional.ntk`."""
+    """The neural tangent kernel, for ridge regression or few-shot learning; see :func:`pizoo.functional.ntk`."""
 
     kind: Literal["ntk"]
     depth: Annotated[int, Field(ge=1, le=1000)]
@@ -110,7 +140,8 @@ class NTK(_Part):
     first_layer_lr_mult: NonNegative = 1.0
     last_layer_lr_mult: NonNegative = 1.0
     bias_lr_mult: NonNegative = 1.0
-    ridge: Positive
+    ridge: Positive | None = None
+    only_if_given: ClassVar[tuple[str, ...]] = ("ridge",)
 
 
 class Data(_Part):
@@ -118,7 +149,7 @@ class Data(_Part):
 
     name: Annotated[str, Field(min_length=1, max_length=100)]
     path: Annotated[str, Field(min_length=1)] | None = None  # the user's own .npz or image folder
-    classes: Annotated[int, Field(ge=2, le=65536)]
+    classes: Annotated[int, Field(ge=2, le=65536)]  # of a few-shot task: its ways
     input_size: Annotated[Counts, Field(min_length=1, max_length=3)]  # [C, H, W] or [d]
     scale: Positive = 255.0
     mean: Annotated[tuple[float, ...], Strict(False)] | None = None
@@ -152,6 +183,20 @@ class Data(_Part):
     @property
     def normalize(self) -> Normalize:
         return Normalize(self.scale, self.mean, self.std)
+
+    def load_tasks(self, data_dir: str | os.PathLike | None = None) -> dict[str, TaskPool]:
+        """Load the classes of each split to draw tasks from; see :func:`pizoo.data.load_tasks`.
+
+        Raises:
+            ValueError: images of another size than ``input_size``.
+        """
+        pools = load_tasks(self.name, data_dir)
+        for pool in pools.values():
+            if pool.input_size != self.input_size:
+                raise ValueError(
+                    f"data.input_size is {list(self.input_size)}; {self.name} has images of {list(pool.input_size)}"
+                )
+        return pools
 
     def load(self, data_dir: str | os.PathLike | None = None) -> Dataset:
         """Load the data set this names; see :func:`pizoo.data.load_dataset`."""
@@ -202,10 +247,12 @@ class Cosine(_Part):
 
 
 class Train(_Part):
-    """Supervised training; defaults are those of :mod:`pizoo.optim`."""
+    """Training; defaults are those of :mod:`pizoo.optim`."""
 
+    only_if_given: ClassVar[tuple[str, ...]] = ("steps_per_epoch",)
     epochs: Count
-    batch_size: Count
+    steps_per_epoch: Count | None = None  # of few-shot training; None: as many as pass over the training images once
+    batch_size: Count  # images; in few-shot training tasks
     lr: Positive
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
     dampening: Annotated[float, Field(ge=0, le=1)] = 0.0
@@ -234,6 +281,35 @@ class Train(_Part):
             raise ValueError(
                 f"apply_lr_mult_to_wd: found false; must be true with momentum {self.momentum}, which applies weight decay "
                 "through the velocity, multipliers included"
+            )
+        return self
+
+
+class Tasks(_Part):
+    """Few-shot learning: what a task is, how a net adapts to it, and on how many tasks its numbers are measured.
+
+    Training and validation classes are rotated, each by 90, 180 and 270 degrees, into four.
+    """
+
+    shots: Count = 1  # support images a class
+    queries: Count = 1  # query images a class
+    step_size: Positive
+    steps: Count = 1  # inner steps
+    layers: Literal["readout", "all"] = "readout"  # which adapt
+    first_order: bool = False
+    validation_tasks: Count = 2000  # after every epoch; the epoch that does best is kept
+    test_tasks: Annotated[int, Field(ge=2, le=1_000_000)] = (
+        8000  # of every split, in the end; two have a standard error
+    )
+    headline: Literal["validation", "validation_rotated", "test", "test_rotated"] = (
+        "test"  # what the entry's number is on
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> Tasks:
+        if self.layers == "all" and not self.first_order:
+            raise ValueError(
+                "first_order: found false; must be true with layers all, whose second order no rows can hold"
             )
         return self
 
@@ -283,12 +359,14 @@ class Recipe(_Part):
     description: Annotated[str, Field(min_length=1)]
     model: Annotated[InfPi | FinPi | Mu | NNGP | NTK, Field(discriminator="kind")]
     data: Data
-    train: Train | None = None  # None for the kernel regressors
+    tasks: Tasks | None = None  # few-shot learning; None: supervised
+    train: Train | None = None  # None for the kernels
     seeds: Annotated[int, Field(ge=1, le=1000)] = 1  # how many the entry's recorded mean is over: 0, 1, ...
     published: Published | None = None
     differs: Annotated[str, Field(min_length=1)] | None = None  # in what the numbers differ from the published, and why
     tolerance: Tolerance = Tolerance()
     tune: Tune | None = None
+    only_if_given: ClassVar[tuple[str, ...]] = ("tasks",)
 
     @model_validator(mode="before")
     @classmethod
@@ -313,12 +391,44 @@ class Recipe(_Part):
         return self
 
     @model_validator(mode="after")
+    def _check_tasks(self) -> Recipe:
+        kernel, supervised = isinstance(self.model, NNGP | NTK), self.tasks is None
+        given = {"model.ridge": self.model.ridge if kernel else None}
+        given["train.steps_per_epoch"] = self.train.steps_per_epoch if self.train else None
+        wanted = {"model.ridge": kernel and supervised, "train.steps_per_epoch": not kernel and not supervised}
+        for key, value in given.items():
+            if wanted[key] and value is None:
+                raise ValueError(f"{key}: missing; must be given {'without' if supervised else 'with'} tasks")
+            if not wanted[key] and value is not None:
+                raise ValueError(
+                    f"{key}: found {_show(value)}; must be left out {'without' if supervised else 'with'} tasks"
+                )
+        omniglot = self.data.name == "omniglot" and self.data.path is None
+        if supervised and omniglot:
+            raise ValueError("tasks: missing; must be given for omniglot, which has tasks and no training images")
+        if not supervised and not omniglot:
+            where = "" if self.data.path is None else " with a path"
+            raise ValueError(
+                f"data.name: found {self.data.name!r}{where}; must be 'omniglot' without a path, for tasks"
+            )
+        for key, plain in (("scale", 255.0), ("mean", None), ("subset", None)):
+            if not supervised and (found := getattr(self.data, key)) != plain:
+                raise ValueError(
+                    f"data.{key}: found {_show(found)}; must be left out with tasks, whose pixels lie in [0, 1]"
+                )
+        if self.train and not supervised and self.train.loss != "cross_entropy":
+            raise ValueError(f"train.loss: found {self.train.loss!r}; must be 'cross_entropy' with tasks")
+        return self
+
+    @model_validator(mode="after")
     def _check_tune(self) -> Recipe:
         if self.tune is None:
             return self
         model, allowed = self.model.model_dump(), type(self.model).model_fields
         if self.train is not None:
             raise ValueError(f"tune: must be left out, a net (model.kind {self.model.kind}) is trained, not solved")
+        if self.tasks is not None:
+            raise ValueError("tune: must be left out with tasks, which have no training images to hold out")
         for key, values in self.tune.grid.items():
             if key not in allowed:
                 raise ValueError(f"tune.grid.{key}: unknown key; {_nearest(key, allowed)}")
@@ -344,6 +454,10 @@ class Recipe(_Part):
                 return None
         return name if model.hidden_layers == 2 else f"{name}_l{model.hidden_layers}"
 
+    def load_data(self, data_dir: str | os.PathLike | None = None) -> Dataset | dict[str, TaskPool]:
+        """What it trains on and is measured on: a data set, or with ``tasks`` the classes of each split."""
+        return self.data.load(data_dir) if self.tasks is None else self.data.load_tasks(data_dir)
+
     def with_seed(self, seed: int) -> Recipe:
         """The same recipe run again: another ``train.seed``, and on the digits another split as well."""
         raw = self.to_dict()
@@ -361,7 +475,7 @@ class Recipe(_Part):
             raw["published"]["rerun"] = None
         return Recipe.from_dict(raw, f"recipe {self.entry} with {settings}")
 
-    def build_model(self, device: torch.device | str | None = None) -> PiNet | KernelRegressor:
+    def build_model(self, device: torch.device | str | None = None) -> PiNet | KernelRegressor | KernelLearner:
         """The recipe's net with initial values drawn from its seed, the same on every device.
 
         ``train.dtype`` is of growing rows and finite weights; inputs, biases and ``amult`` of infinite nets are at least
@@ -369,7 +483,8 @@ class Recipe(_Part):
         """
         hparams = {**self.model.model_dump(exclude={"kind"}), "d_in": self.data.d, "d_out": self.data.classes}
         if self.train is None:
-            return KERNELS[self.model.kind](**hparams).to(device)
+            kernels = KERNELS if self.tasks is None else KERNEL_LEARNERS
+            return kernels[self.model.kind](**hparams).to(device)
         dtype = getattr(torch, self.train.dtype)
         full = torch.promote_types(dtype, torch.float32)
         with torch.random.fork_rng(devices=[]):

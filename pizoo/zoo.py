@@ -22,7 +22,7 @@ from torch import nn
 from pizoo import checkpoint
 from pizoo.checkpoint import CheckpointError
 from pizoo.data import ASSETS, Normalize, dataset_path, load_dataset
-from pizoo.models import InfPiMLP, KernelRegressor, PiNet
+from pizoo.models import InfPiMLP, KernelLearner, KernelRegressor, PiNet
 from pizoo.rows import check_place
 
 log = logging.getLogger("pizoo")
@@ -105,7 +105,7 @@ def load(
     revision: str | None = None,
     epoch: int | None = None,
     rows_on: str = "auto",
-) -> PiNet | KernelRegressor:
+) -> PiNet | KernelRegressor | KernelLearner:
     """Load an entry of the zoo, or a checkpoint from a folder.
 
     Args:
@@ -114,7 +114,7 @@ def load(
         device: where to; None: the CPU.
         dtype: of parameters and rows; None: float32, rows as stored.
         revision: of a repository that keeps revisions; cards and folders on this machine have one state: None.
-        epoch: of a training checkpoint, the epoch to load; None: the last.
+        epoch: of a training checkpoint, the epoch to load; None: the one its training chose, else the last.
         rows_on: where the rows of an infinite net are kept, now and when it is moved: "device", "host" (they stream to the
             device in every pass), or "auto": on the host, with a warning, if they do not fit a GPU.
 

@@ -131,7 +131,7 @@ def shipped(tmp_path):
 def ship(model: nn.Module, folder: Path) -> Path:
     x = torch.randn(5, 6, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        checkpoint.save(folder, model, {"note": "mine"}, x, model.eval()(x))
+        checkpoint.save(folder, model, {"note": "mine"}, {"x": x, "logits": model.eval()(x)})
     return folder
 
 
@@ -244,8 +244,8 @@ def test_segments_and_states_are_never_written_again(tmp_path):
     seen: dict[str, tuple[int, str]] = {}
     save = checkpoint.save_epoch
 
-    def save_and_look(folder, *args, **kwargs):
-        save(folder, *args, **kwargs)
+    def save_and_look(folder, model, record, optimizer, keep, chosen, submit):
+        save(folder, model, record, optimizer, keep, chosen)
         for path in folder.glob("*.safetensors"):
             now = (path.stat().st_mtime_ns, checkpoint.sha256(path))
             assert seen.setdefault(path.name, now) == now, path.name
@@ -662,16 +662,17 @@ def kill():
 
 def train(folder, point, entry, *overrides):
     recipe = load_recipe(entry, overrides)
-    step, fsync, count = supervised._Training._step, os.fsync, 0
+    step, fsync, count = supervised.Training._step, os.fsync, 0
     def counted_step(self, number, *args):
         if point == "step" and number == self.steps_per_epoch + 1:
+            self.writing.wait()
             kill()
         return step(self, number, *args)
     def counted_fsync(fd):
         if point == "write" and (Path(folder) / ".state-00002.safetensors.tmp").exists():
             kill()
         fsync(fd)
-    supervised._Training._step, os.fsync = counted_step, counted_fsync
+    supervised.Training._step, os.fsync = counted_step, counted_fsync
     pizoo.train(recipe, folder, device="cpu")
 
 for case in sys.argv[1:]:
@@ -702,7 +703,7 @@ def test_killed_and_resumed_a_training_ends_with_the_same_bits(finished, tmp_pat
 
 
 def test_a_run_interrupted_in_every_epoch_ends_with_the_same_bits(finished, tmp_path, monkeypatch):
-    step = supervised._Training._step
+    step = supervised.Training._step
     for stop_at in (1, 4, 7):  # an epoch has 3 steps
 
         def stops(self, number, *args, stop_at=stop_at):
@@ -710,7 +711,7 @@ def test_a_run_interrupted_in_every_epoch_ends_with_the_same_bits(finished, tmp_
                 raise Stop
             return step(self, number, *args)
 
-        monkeypatch.setattr(supervised._Training, "_step", stops)
+        monkeypatch.setattr(supervised.Training, "_step", stops)
         with pytest.raises(Stop):
             pizoo.train(recipe("momentum"), tmp_path, device="cpu")
     monkeypatch.undo()

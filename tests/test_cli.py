@@ -25,29 +25,6 @@ TINY = ("--set", "data.subset=200", "--set", "train.epochs=2")
 TINY_NET = ("--set", "model.r=16", *TINY)
 
 
-class Outcome:
-    def __init__(self, code: int, out: str, err: str):
-        self.code, self.out, self.err = code, out, err
-
-
-@pytest.fixture
-def pizoo_command(monkeypatch, capsys):
-    """Runs ``pizoo ARGUMENTS...`` in this process, as the installed command does."""
-
-    def run(*arguments: object) -> Outcome:
-        monkeypatch.setattr(sys, "argv", ["pizoo", *map(str, arguments)])
-        capsys.readouterr()
-        try:
-            cli.main()
-            code = 0
-        except SystemExit as stop:
-            code = stop.code or 0
-        captured = capsys.readouterr()
-        return Outcome(code, captured.out, captured.err)
-
-    return run
-
-
 @pytest.fixture(autouse=True)
 def no_data_folder(monkeypatch, tmp_path):
     """No data but what is in the package, and nothing written where the tests run."""
@@ -194,14 +171,14 @@ def test_train_goes_on_after_an_interruption_as_it_says(pizoo_command, tmp_path,
     from pizoo.training import supervised
 
     with monkeypatch.context() as patch:
-        real = supervised._Training._step
+        real = supervised.Training._step
 
         def interrupted(self, step, *args):
             if step == 14:
                 raise KeyboardInterrupt
             return real(self, step, *args)
 
-        patch.setattr(supervised._Training, "_step", interrupted)
+        patch.setattr(supervised.Training, "_step", interrupted)
         stopped = pizoo_command("train", "digits_infpi", *TINY_NET, "--out", tmp_path / "run")
     assert stopped.code == 130 and "the same command goes on" in stopped.err
     assert pizoo_command("train", "digits_infpi", *TINY_NET, "--out", tmp_path / "run").code == 0

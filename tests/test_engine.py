@@ -16,7 +16,8 @@ from pizoo.recipes import RecipeError, load_recipe
 from pizoo.rows import directed
 from pizoo.training import supervised
 from pizoo.training.engine import Engine, compiled
-from pizoo.training.supervised import TrainingDiverged, train
+from pizoo.training.supervised import TrainingDiverged
+from pizoo.training.train import train
 
 SMALL = ["data.subset=203", "train.epochs=2", "train.batch_size=16", "train.schedule.milestones=[1]"]
 INFINITE = [*SMALL, "model.r=20"]
@@ -82,7 +83,7 @@ def test_resumed_engine_run_is_the_uninterrupted_one_to_the_bit(dtype, tmp_path,
     class Stop(Exception):
         pass
 
-    save = supervised._Training._save
+    save = supervised.Training._save
 
     def save_then_stop(self, epoch):
         save(self, epoch)
@@ -90,7 +91,7 @@ def test_resumed_engine_run_is_the_uninterrupted_one_to_the_bit(dtype, tmp_path,
             raise Stop
 
     with monkeypatch.context() as patch, pytest.raises(Stop):
-        patch.setattr(supervised._Training, "_save", save_then_stop)
+        patch.setattr(supervised.Training, "_save", save_then_stop)
         train(recipe, tmp_path / "resumed", device="cpu", engine=True)
     resumed = train(recipe, tmp_path / "resumed", device="cpu", engine=True)
     for name, tensor in whole.model.state_dict().items():

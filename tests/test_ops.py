@@ -11,8 +11,10 @@ import itertools
 import multiprocessing
 import os
 import re
+import runpy
 import sys
 from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy
@@ -275,6 +277,18 @@ def test_fused_ops_are_deterministic(fused):
 def test_blocked_ops_match_the_definition(shape, dtype):
     errors = errors_of(blocked, Case(*shape, dtype, unused=5, stride=16))
     assert max(errors.values()) <= TOLERANCE[torch.float64 if dtype == torch.float64 else torch.float32]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads a process's memory from /proc")
+def test_on_a_cpu_the_default_op_takes_no_longer_than_the_reference_and_a_block_of_memory():
+    cpu = runpy.run_path(str(Path(__file__).parents[1] / "benchmarks" / "cpu.py"))
+    M, columns, b = 50_000, 400, 8
+    inputs = cpu["layer"](M, columns, b, half)
+    for op in ("forward", "backward"):
+        times = cpu["seconds"](op, inputs)
+        assert times["default"] <= 1.1 * times["reference"], (op, times)  # a third to a half, on an idle machine
+    block = blocked.CPU_BLOCK * (columns + cpu["RANK"]) * 4
+    assert cpu["grown_bytes"]("forward", "default", M, columns, b, half) <= 4 * block < M * (columns + cpu["RANK"]) * 4
 
 
 @pytest.mark.parametrize("module", [reference, blocked])

@@ -15,6 +15,7 @@ from pizoo.optim import PiSGD, param_groups
 from pizoo.recipes import Recipe, RecipeError, decisive, list_recipes, load_recipe
 
 KINDS = ("finpi", "infpi", "mu", "nngp", "ntk")
+DATA = ("cifar10", "digits", "omniglot")
 
 MINIMAL = """
 entry: mine
@@ -38,7 +39,7 @@ def write(tmp_path):
 
 
 def test_every_entry_has_a_recipe_that_names_itself():
-    assert list_recipes() == [f"{data}_{kind}" for data in ("cifar10", "digits") for kind in KINDS]
+    assert list_recipes() == [f"{data}_{kind}" for data in DATA for kind in KINDS]
     for entry in list_recipes():
         recipe = load_recipe(entry)
         assert recipe.entry == entry
@@ -90,6 +91,85 @@ def test_the_published_kernels_have_the_printed_settings(entry, accuracy):
         assert model.first_layer_lr_mult == model.last_layer_lr_mult == model.bias_lr_mult == 1
 
 
+# Entry: published accuracy; width, r; meta learning rate, inner step size, clip; alphas bias and first; initial scales.
+PUBLISHED_LEARNERS = {
+    "omniglot_mu": (91.22, 2048, None, 4.0, 0.594604, 0.15, 0.5, 0.594604, (0.840896, 0.594604)),
+    "omniglot_finpi": (92.21, 2048, 400, 5.656854, 0.25, 0.282843, 2.828427, 1, None),
+    "omniglot_infpi": (91.46, None, 400, 32.0, 0.353553, 0.1, 1.414214, 1, None),
+}
+
+
+@pytest.mark.parametrize("entry", PUBLISHED_LEARNERS)
+def test_the_published_learners_are_trained_with_the_published_settings(entry):
+    recipe = load_recipe(entry)
+    model, train, tasks = recipe.model, recipe.train, recipe.tasks
+    assert (
+        recipe.published.accuracy,
+        getattr(model, "width", None),
+        getattr(model, "r", None),
+        train.lr,
+        tasks.step_size,
+        train.clip.max_norm,
+        model.bias_alpha,
+        model.first_layer_alpha,
+        getattr(model, "initial_scales", None),
+    ) == PUBLISHED_LEARNERS[entry]
+    assert (model.hidden_layers, model.last_bias_alpha, model.last_layer_alpha) == (2, 0, 1) and model.readout_zero_init
+    assert (train.epochs, train.steps_per_epoch, train.batch_size, train.dtype) == (50, 1000, 8, "float16")
+    assert (train.first_layer_lr_mult, train.last_layer_lr_mult, train.bias_lr_mult) == (0.4, 0, 1)
+    assert train.schedule.name == "cosine" and not train.clip.per_param and not train.clip.follows_schedule
+    assert train.weight_decay == train.momentum == 0
+    assert (tasks.shots, tasks.queries, tasks.steps, tasks.layers, tasks.first_order) == (1, 1, 1, "readout", False)
+    assert (tasks.headline, tasks.test_tasks, recipe.data.classes, recipe.data.d) == ("test", 8000, 5, 784)
+
+
+@pytest.mark.parametrize(("entry", "accuracy"), [("omniglot_nngp", 43.80), ("omniglot_ntk", 51.72)])
+def test_the_published_kernel_learners_have_the_printed_settings(entry, accuracy):
+    recipe = load_recipe(entry)
+    model, tasks = recipe.model, recipe.tasks
+    assert (recipe.published.accuracy, recipe.train, model.ridge) == (accuracy, None, None)
+    assert (model.depth, model.var_w, model.var_b, tasks.step_size) == (2, 1, 1, 0.5)
+    assert tasks.headline == "validation_rotated" and "rotations" in recipe.published.protocol
+
+
+BAD_TASKS = {
+    ("omniglot_nngp", "model.ridge=0.1"): "model.ridge: found 0.1; must be left out with tasks",
+    ("digits_nngp", "model.ridge=null"): "model.ridge: missing; must be given without tasks",
+    ("omniglot_mu", "train.steps_per_epoch=null"): "train.steps_per_epoch: missing; must be given with tasks",
+    ("digits_mu", "train.steps_per_epoch=5"): "train.steps_per_epoch: found 5; must be left out without tasks",
+    ("omniglot_mu", "tasks=null"): "train.steps_per_epoch: found 1000; must be left out without tasks",
+    ("digits_nngp", "tasks={step_size: 1.0}"): "model.ridge: found 0.0001; must be left out with tasks",
+    ("omniglot_mu", "data.path=mine.npz"): "data.name: found 'omniglot' with a path; must be 'omniglot' without",
+    ("digits_mu", "data.name=omniglot"): "tasks: missing; must be given for omniglot",
+    ("omniglot_mu", "train.loss=mse"): "train.loss: found 'mse'; must be 'cross_entropy' with tasks",
+    ("omniglot_mu", "data.scale=1.0"): "data.scale: found 1.0; must be left out with tasks",
+    ("omniglot_mu", "data={mean: [0.5], std: [1.0]}"): "data.mean: found (0.5,); must be left out with tasks",
+    ("omniglot_mu", "data.subset=5"): "data.subset: found 5; must be left out with tasks",
+    ("omniglot_ntk", "tune={validation: 0.2, grid: {depth: [2, 3]}}"): "tune: must be left out with tasks",
+    ("omniglot_mu", "tasks.layers=all"): "tasks.first_order: found false; must be true with layers all",
+    ("omniglot_mu", "tasks.step_size=0"): "tasks.step_size: found 0; must be greater than 0",
+    ("omniglot_mu", "tasks.headline=train"): "tasks.headline: found 'train'; ",
+    ("omniglot_mu", "model.initial_scales=[1, 1, 1, 1]"): "must be at most one for each of 3 layers",
+}
+
+
+@pytest.mark.parametrize(("entry", "override"), BAD_TASKS)
+def test_what_does_not_go_with_tasks_or_without_is_refused(entry, override):
+    with pytest.raises(RecipeError) as error:
+        load_recipe(entry, [override])
+    assert BAD_TASKS[entry, override] in str(error.value)
+
+
+def test_initial_scales_multiply_the_initial_weights():
+    plain, scaled = (
+        load_recipe("omniglot_mu", ["model.width=8", f"model.initial_scales={scales}"]).build_model()
+        for scales in ("null", "[2.0, 0.5]")
+    )
+    for layer, other, factor in zip(plain.layers, scaled.layers, (2.0, 0.5, 1.0), strict=True):
+        assert (factor * layer.weight == other.weight).all()
+    assert "initial_scales" not in plain.hparams and scaled.hparams["initial_scales"] == [2.0, 0.5]
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_entries_on_one_data_set_see_the_same_pixels(kind):
     cifar10, digits = load_recipe(f"cifar10_{kind}"), load_recipe(f"digits_{kind}")
@@ -122,7 +202,7 @@ def test_architectures_have_timms_names():
     assert load_recipe("cifar10_infpi", ["model.r=50", "model.hidden_layers=3"]).architecture == "infpi_mlp_r50_l3"
 
 
-@pytest.mark.parametrize("entry", [f"{data}_{kind}" for data in ("cifar10", "digits") for kind in KINDS])
+@pytest.mark.parametrize("entry", [f"{data}_{kind}" for data in DATA for kind in KINDS])
 def test_a_recipe_survives_json(entry):
     recipe = load_recipe(entry)
     assert Recipe.from_dict(json.loads(json.dumps(recipe.to_dict()))) == recipe
@@ -140,7 +220,7 @@ def test_importing_pizoo_does_not_read_recipes():
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-@pytest.mark.parametrize("entry", [f"{data}_{kind}" for data in ("cifar10", "digits") for kind in KINDS])
+@pytest.mark.parametrize("entry", [f"{data}_{kind}" for data in DATA for kind in KINDS])
 def test_the_model_part_has_the_names_of_the_constructors_arguments(entry):
     recipe = load_recipe(entry)
     arguments = recipe.model.model_dump(exclude={"kind"})
@@ -150,7 +230,10 @@ def test_the_model_part_has_the_names_of_the_constructors_arguments(entry):
         "mu": models.MuMLP,
         "nngp": models.NNGPRegressor,
         "ntk": models.NTKRegressor,
-    }[recipe.model.kind]
+    }
+    if recipe.tasks is not None:
+        make |= {"nngp": models.NNGPLearner, "ntk": models.NTKLearner}
+    make = make[recipe.model.kind]
     inspect.signature(make).bind(recipe.data.d, recipe.data.classes, **arguments)
 
 

@@ -77,7 +77,7 @@ def test_seeds_give_a_mean_its_standard_error_and_their_curves(recipe, tmp_path)
 
 def test_interrupted_seeds_go_on_where_they_were(recipe, tmp_path, monkeypatch):
     whole = run_seeds(recipe, [0, 1], tmp_path / "whole", device=CPU)
-    real, steps = supervised._Training._step, []
+    real, steps = supervised.Training._step, []
 
     def interrupted(self, step, *args):
         if self.recipe.train.seed == 1 and step == 4:  # the second epoch of the second seed
@@ -85,10 +85,10 @@ def test_interrupted_seeds_go_on_where_they_were(recipe, tmp_path, monkeypatch):
         return real(self, step, *args)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(supervised._Training, "_step", interrupted)
+        patch.setattr(supervised.Training, "_step", interrupted)
         run_seeds(recipe, [0, 1], tmp_path / "part", device=CPU)
     assert len(json.loads((tmp_path / "part" / "results.json").read_text())["seeds"]) == 1
-    monkeypatch.setattr(supervised._Training, "_step", lambda *args: steps.append(args[1]) or real(*args))
+    monkeypatch.setattr(supervised.Training, "_step", lambda *args: steps.append(args[1]) or real(*args))
     resumed = run_seeds(recipe, [0, 1], tmp_path / "part", device=CPU)
     assert steps == [3, 4, 5]
     assert [run["curve"] for run in resumed["seeds"]] == [run["curve"] for run in whole["seeds"]]
@@ -110,7 +110,7 @@ def test_seeds_are_refused_before_anything_is_trained(recipe, tmp_path):
         run_seeds(recipe, [0, 1], tmp_path / "single", device=CPU)
     with pytest.raises(RecipeError, match=r"data\.split: found 10"):  # the digits have ten splits
         run_seeds(recipe, range(11), tmp_path / "many", device=CPU)
-    with pytest.raises(ValueError, match="cifar10_nngp is solved, not trained: every seed gives the same"):
+    with pytest.raises(ValueError, match="cifar10_nngp is a kernel, which is not trained: every seed gives the same"):
         run_seeds(load_recipe("cifar10_nngp"), [0, 1], tmp_path / "many", device=CPU)
     assert not (tmp_path / "many").exists()
 

@@ -18,7 +18,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from test_cli import one_line, pizoo_command  # noqa: F401 (a fixture)
+from test_cli import one_line
 from test_ops import CUDA, OPS, TOLERANCE, Case, brain, byte, call, error, half, rows, single
 from torch import nn
 
@@ -346,7 +346,7 @@ def test_finite_nets_and_cpus_have_nothing_to_stream(monkeypatch):
         plan(load_recipe(CIFAR), IMAGES, CPU, rows_on="disk")
 
 
-def test_dry_run_says_what_is_needed_and_what_there_is(pizoo_command, monkeypatch):  # noqa: F811
+def test_dry_run_says_what_is_needed_and_what_there_is(pizoo_command, monkeypatch):
     overrides = [argument for override in TINY for argument in ("--set", override)]
     shown = pizoo_command("train", "digits_infpi", *overrides, "--dry-run")
     assert shown.code == 0 and {"128", "device", "1.00"} <= set(shown.out.split())
@@ -414,9 +414,9 @@ def test_loading_puts_rows_where_there_is_room(monkeypatch, tmp_path):
 def test_a_resumed_training_reads_rows_into_the_room_reserved_for_them(tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoint, "READ_BYTES", 100)  # a few rows at once
     wanted = pizoo.train(tiny(), tmp_path / "whole", device="cpu").model.state_dict()
-    step = supervised._Training._step
+    step = supervised.Training._step
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(supervised._Training, "_step", lambda self, i, *xy: step(self, i, *xy) if i < 7 else interrupt())
+        patch.setattr(supervised.Training, "_step", lambda self, i, *xy: step(self, i, *xy) if i < 7 else interrupt())
         pizoo.train(tiny(), tmp_path / "run", device="cpu")
     places = []
     restore = supervised.restore
@@ -452,7 +452,7 @@ for epoch in range(1, segments + 1):
     for layer in net.growing_layers.values():
         new = torch.randn(rows // segments, 250)
         layer.append(new[:, : layer.A.shape[1]], new, 1.0)
-    checkpoint.save_epoch(folder, net, {"epoch": epoch}, {}, keep_states=True)
+    checkpoint.save_epoch(folder, net, {"epoch": epoch}, {})
 size = sum(part.nbytes for layer in net.growing_layers.values() for part in (layer.A, layer.B))
 pizoo.load(folder, epoch=1)
 
@@ -506,7 +506,7 @@ SHORTAGES = {
 @pytest.mark.parametrize("shortage", SHORTAGES)
 @pytest.mark.parametrize("where", ["step", "save"])
 def test_out_of_memory_in_an_epoch_keeps_those_before_and_says_what_to_do(
-    pizoo_command,  # noqa: F811
+    pizoo_command,
     monkeypatch,
     tmp_path,
     shortage,
@@ -597,7 +597,7 @@ def test_evaluation_that_runs_out_of_memory_says_what_to_do(monkeypatch):
 
 
 @pytest.mark.skipif(CUDA, reason="there is a GPU")
-def test_a_gpu_that_is_not_there_is_a_warning_and_the_cpus_result(pizoo_command, tmp_path):  # noqa: F811
+def test_a_gpu_that_is_not_there_is_a_warning_and_the_cpus_result(pizoo_command, tmp_path):
     wanted = pizoo.evaluate("digits_infpi", device="cpu")["accuracy"]
     with pytest.warns(RuntimeWarning, match="device is 'cuda', but no GPU is in reach") as told:
         assert pizoo.evaluate("digits_infpi", device="cuda")["accuracy"] == wanted
@@ -769,11 +769,11 @@ def test_a_net_too_large_for_the_gpu_streams_of_itself(monkeypatch, tmp_path):
 
 
 @on_a_gpu
-def test_a_gpu_that_is_really_full_is_told_and_training_goes_on(pizoo_command, monkeypatch, tmp_path):  # noqa: F811
+def test_a_gpu_that_is_really_full_is_told_and_training_goes_on(pizoo_command, monkeypatch, tmp_path):
     overrides = [argument for override in STEPS for argument in ("--set", override)]
     command = ("train", "digits_infpi", *overrides, "--device", "cuda", "--rows-on", "host", "--out", tmp_path)
     wanted = pizoo.train(load_recipe("digits_infpi", STEPS), device="cuda", rows_on="host").model.state_dict()
-    step = supervised._Training._step
+    step = supervised.Training._step
 
     def fills_up(self, number, *args):
         if number == self.steps_per_epoch + 3:
@@ -781,7 +781,7 @@ def test_a_gpu_that_is_really_full_is_told_and_training_goes_on(pizoo_command, m
         return step(self, number, *args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(supervised._Training, "_step", fills_up)
+        patch.setattr(supervised.Training, "_step", fills_up)
         shown = pizoo_command(*command)
     told = shown.err.splitlines()[-1]
     assert shown.code == 1 and "Traceback" not in shown.err and "ran out of memory (CUDA out of memory. Tried" in told
@@ -811,7 +811,7 @@ def counted(step):
     return run
 
 step_of, fsync = Engine._step_of, os.fsync
-supervised._Training._step = counted(supervised._Training._step)
+supervised.Training._step = counted(supervised.Training._step)
 Engine._step_of = lambda self, size: counted(step_of(self, size))
 
 def killing(fd):

@@ -51,7 +51,7 @@ def test_every_recipe_has_a_card_and_every_card_a_recipe():
 
 def test_entries_are_listed_by_glob():
     assert pizoo.list_entries("digits_*") == [f"digits_{kind}" for kind in ("finpi", "infpi", "mu", "nngp", "ntk")]
-    assert pizoo.list_entries("*_infpi") == ["cifar10_infpi", "digits_infpi"]
+    assert pizoo.list_entries("*_infpi") == ["cifar10_infpi", "digits_infpi", "omniglot_infpi"]
     assert pizoo.list_entries("digits_[im]*") == ["digits_infpi", "digits_mu"]
     assert pizoo.list_entries("resnet*") == []
 

@@ -13,9 +13,10 @@ from torch import Tensor, nn
 
 from pizoo import checkpoint, zoo
 from pizoo.checkpoint import CheckpointError
-from pizoo.data import DataNotFoundError
+from pizoo.data import DataNotFoundError, load_tasks
 from pizoo.evaluation.accuracy import choose_device, correct, percent, predict
 from pizoo.evaluation.entries import attach_training_images
+from pizoo.evaluation.fewshot import TaskAccuracy, adapter, split_correct
 
 # Logits of the probe may differ between devices and libraries by rounding, float16 rows included.
 PROBE_TOLERANCE = 2e-3
@@ -38,9 +39,11 @@ class VerifyReport:
         entry: its name.
         status: is the checkpoint what it claims? ``measured`` against ``recorded``.
         reason: why not, or why it was not run; empty when verified.
-        check: "test accuracy", "first N test images" or "probe".
+        check: "test accuracy", "first N test images", "probe", or how many tasks of which split.
         recorded, measured: accuracy in percent; for the probe 0 and the relative error of its logits.
-        differing: how many of these test images were right when recorded and wrong now, or the reverse; None: not recorded.
+        differing: how many of these test images (queries of tasks) were right when recorded and wrong now, or the reverse;
+            None: not recorded.
+        half_width: of the 95 % interval of ``measured`` over tasks, in points; None: not measured on tasks.
         reproduction: does our training reproduce the paper? ``mean`` against ``published``.
         mean, standard_error, seeds: recorded accuracy over seeds.
         published: the paper's accuracy in percent, if it gives one.
@@ -54,6 +57,7 @@ class VerifyReport:
     recorded: float | None
     measured: float | None
     differing: int | None
+    half_width: float | None
     reproduction: Reproduction
     mean: float | None
     standard_error: float | None
@@ -73,6 +77,7 @@ class _Outcome(NamedTuple):
     recorded: float | None = None
     measured: float | None = None
     differing: int | None = None
+    half_width: float | None = None
 
 
 class _Found(NamedTuple):
@@ -101,7 +106,8 @@ def verify(
         quick: compare the logits of the stored probe instead of the test accuracy; needs no data set. A kernel
             regressor's probe checks what a few training images contribute to them.
         images: measure on this many first test images, and compare with what was recorded of the same ones: a smaller
-            check where all of them take long, as for kernel regressors. None: all.
+            check where all of them take long, as for kernel regressors. None: all. What learns tasks has no test images: of
+            these tasks the first :data:`pizoo.evaluation.fewshot.VERIFIED_TASKS` are measured.
 
     Returns:
         the report. A missing data set, missing weights or a damaged file are reported, not raised.
@@ -125,7 +131,8 @@ def verify(
         results = checkpoint.read_json(folder / checkpoint.RESULTS)
         records = _recorded_correct(folder, results)
         found = _Found(folder, zoo.load(entry, device=device), config, results, records)
-        outcome = _probe(found) if quick else _test_accuracy(found, data_dir, images)
+        measure = _task_accuracy if config["recipe"].get("tasks") else _test_accuracy
+        outcome = _probe(found) if quick else measure(found, data_dir, images)
     except DataNotFoundError as error:
         outcome = _Outcome("not run", str(error) + _needs(config))
     except (_NotRun, zoo.WeightsNotFoundError) as error:
@@ -137,7 +144,7 @@ def verify(
     tolerance = config.get("recipe", {}).get("tolerance", {}).get("reproduce", 1.0)
     return VerifyReport(
         entry=str(entry),
-        check="probe" if quick else "test accuracy" if images is None else f"first {images} test images",
+        check="probe" if quick else _checked(results, images),
         **outcome._asdict(),
         reproduction=_reproduction(mean, published, tolerance),
         mean=mean,
@@ -148,9 +155,16 @@ def verify(
     )
 
 
+def _checked(results: dict[str, Any], images: int | None) -> str:
+    """What the recorded number is of, without ``quick``."""
+    if tasks := results.get("verification"):
+        return f"{tasks['tasks']:,} tasks of {results['split']}"
+    return "test accuracy" if images is None else f"first {images} test images"
+
+
 def _needs(config: dict[str, Any]) -> str:
     """What a kernel regressor needs beyond what every net does; empty for nets."""
-    if config["recipe"]["train"] is not None:
+    if config["recipe"]["train"] is not None or config["recipe"].get("tasks"):
         return ""
     return (
         ". A kernel regressor computes its kernel between all test and all training images; --images 1000 takes fewer test "
@@ -175,7 +189,24 @@ def _test_accuracy(found: _Found, data_dir: str | os.PathLike | None, images: in
         recorded = percent(shipped[:images])
     attach_training_images(found.model, dataset.train_x, normalize)
     right = correct(predict(found.model, dataset.test_x[:images], normalize), dataset.test_y[:images])
-    measured, tolerance = percent(right), config["recipe"]["tolerance"]["verify"]
+    return _compared(found, recorded, right)
+
+
+def _task_accuracy(found: _Found, data_dir: str | os.PathLike | None, images: int | None) -> _Outcome:
+    config, recorded = found.config["recipe"], found.results.get("verification")
+    if images is not None:
+        raise _NotRun(f"{found.folder} is measured on tasks, not on test images: verify it without --images")
+    if recorded is None:
+        raise _NotRun(f"{found.folder} records no accuracy on tasks")
+    pools = load_tasks(config["data"]["name"], data_dir)
+    right = split_correct(found.model, pools, config["tasks"], found.results["split"], recorded["tasks"])
+    return _compared(found, recorded["accuracy"], right)._replace(half_width=TaskAccuracy.of(right).half_width)
+
+
+def _compared(found: _Found, recorded: float, right: Tensor) -> _Outcome:
+    """The recorded accuracy in percent beside that of ``right``, bool of test images [n] or of tasks and queries [T, Q]."""
+    measured, tolerance = percent(right), found.config["recipe"]["tolerance"]["verify"]
+    shipped = found.correct.get(checkpoint.SHIPPED)
     differing = None if shipped is None else int((right != shipped[: len(right)]).sum())
     if abs(measured - recorded) <= tolerance:
         return _Outcome("verified", "", recorded, measured, differing)
@@ -183,13 +214,18 @@ def _test_accuracy(found: _Found, data_dir: str | os.PathLike | None, images: in
     return _Outcome("mismatch", reason, recorded, measured, differing)
 
 
+@torch.no_grad()
 def _probe(found: _Found) -> _Outcome:
     files = found.config["pizoo"]["files"]
     if checkpoint.PROBE not in files:
         raise _NotRun(f"{found.folder} has no probe, only shipped nets do: verify it without --quick")
     probe = checkpoint.read_tensors(found.folder / checkpoint.PROBE, files[checkpoint.PROBE])
-    logits = checkpoint.probe_logits(found.model, probe["x"], probe.get("train_x")).cpu().double()
-    stored = probe["logits"].double()
+    if "support_x" in probe:
+        learner = adapter(found.model, found.config["recipe"]["tasks"])
+        logits = learner(probe["support_x"], probe["support_y"])(probe["x"])
+    else:
+        logits = checkpoint.probe_logits(found.model, probe["x"], probe.get("train_x"))
+    logits, stored = logits.cpu().double(), probe["logits"].double()
     error = ((logits - stored).norm() / stored.norm()).item()
     if error <= PROBE_TOLERANCE:
         return _Outcome("verified", "", 0.0, error)
@@ -197,7 +233,8 @@ def _probe(found: _Found) -> _Outcome:
 
 
 def _recorded_correct(folder: Path, results: dict[str, Any]) -> dict[str, Tensor]:
-    """Which test images were classified correctly, by the shipped net and every seed's; empty where not recorded.
+    """Which test images (queries of tasks) were classified correctly, by the shipped net and every seed's; empty where not
+    recorded.
 
     Raises:
         CheckpointError: these records and the recorded accuracies do not belong together.

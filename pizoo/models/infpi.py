@@ -96,20 +96,13 @@ class InfPiMLP(PiNet):
         """Name to layer: ``hidden.0``, ..., ``output``."""
         return {**{f"hidden.{i}": layer for i, layer in enumerate(self.hidden)}, "output": self.output}
 
-    def features(self, x: Tensor) -> Tensor:
-        """The last hidden pre-activation, coordinates g [B, r]."""
-        g = self.input(self.flatten(x))
-        for layer in self.hidden:
-            g = layer(g)
-        return g
+    @property
+    def all_layers(self) -> list[nn.Module]:
+        return [self.input, *self.hidden, self.output]
 
     def feature_kernel(self, x: Tensor, y: Tensor) -> Tensor:
         """``F00(cos(x, y))`` between two sets of features: [n, r], [m, r] -> [n, m]."""
         return functional.feature_kernel_from_preactivations(x, y)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[B, d_in] or [B, C, H, W] -> [B, d_out]."""
-        return self.output(self.features(x))
 
     @torch.no_grad()
     def sample(self, width: int, omegas: list[Tensor] | None = None, projected: bool = True) -> FinPiMLP:

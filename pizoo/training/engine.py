@@ -11,6 +11,7 @@ The gradient of a weight over a batch is ``deltaᵀ inputs``, of rank b. It is n
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -60,22 +61,20 @@ class Gradient:
     """The gradient of a weight over a batch, ``deltaᵀ inputs``, as its factors, and of the bias beside it.
 
     Attributes:
-        role: "input", "hidden" or "readout".
+        module: the layer.
         inputs: what entered the layer [b, n_in]; for a growing layer its unit inputs.
         delta: gradient at the layer's output before alpha and bias [b, n_out].
         scale: what delta is multiplied by to make new rows [b, 1]; None for a layer that does not grow.
-        bias_alpha: the multiplier of the bias, None without one.
     """
 
-    role: str
+    module: nn.Module
     inputs: Tensor
     delta: Tensor
     scale: Tensor | None
-    bias_alpha: float | None
 
     def bias(self) -> Tensor:
         """Gradient of the bias [n_out]."""
-        return self.bias_alpha * self.delta.sum(0)
+        return self.module.bias_alpha * self.delta.sum(0)
 
 
 def grad_norms(gradients: list[Gradient]) -> list[list[Tensor]]:
@@ -94,8 +93,8 @@ def grad_norms(gradients: list[Gradient]) -> list[list[Tensor]]:
         scales = torch.stack([g.scale * g.scale.T for g in group]) if grows else 1
         weights, biases = norm(deltas * scales, inputs), deltas.sum((1, 2)).clamp(min=0).sqrt()
         for gradient, weight, bias in zip(group, weights, biases, strict=True):
-            alpha = gradient.bias_alpha
-            norms[id(gradient)] = [weight] if alpha is None else [weight, abs(alpha) * bias]
+            module = gradient.module
+            norms[id(gradient)] = [weight] if module.bias is None else [weight, abs(module.bias_alpha) * bias]
     return [norms[id(gradient)] for gradient in gradients]
 
 
@@ -115,33 +114,38 @@ class Engine:
     """
 
     def __init__(self, model: PiNet, optimizer: PiSGD, settings: Train, x: Tensor, y: Tensor, lr_factors: Tensor):
-        if reason := unsupported(settings, math.ceil(len(x) / settings.batch_size), grows=isinstance(model, InfPiMLP)):
+        steps = math.ceil(len(x) / settings.batch_size)
+        if reason := unsupported(settings, steps, grows=isinstance(model, InfPiMLP)):
             raise ValueError(f"the engine cannot train this: {reason}")
-        self.model, self.settings = model, settings
-        self.groups = {group["role"]: group for group in optimizer.param_groups}
-        device = x.device
         self.x, self.y = x.flatten(1), y
-        self.lr_factors = lr_factors.to(device, torch.float64)
-        self.order = torch.arange(len(x), device=device)
-        exact = torch.promote_types(x.dtype, torch.float32)
-        self.losses = torch.zeros(math.ceil(len(x) / settings.batch_size), dtype=exact, device=device)
+        self.order = torch.arange(len(x), device=x.device)
+        self.losses = torch.zeros(steps, dtype=accumulate_dtype(x.dtype), device=x.device)
+        self._prepare(model, optimizer, settings, model.all_layers, lr_factors.to(x.device))
+
+    def _prepare(
+        self, model: PiNet, optimizer: PiSGD, settings: Train, layers: list[nn.Module], lr_factors: Tensor
+    ) -> None:
+        """What every engine has. ``layers``: those it trains, from the input on."""
+        self.model, self.settings, self.layers = model, settings, layers
+        self.groups = {group["role"]: group for group in optimizer.param_groups}
+        self.lr_factors, device = lr_factors.to(torch.float64), lr_factors.device
         # One-element vectors: compiling for a CPU, torch may take 0-d tensors for numbers and lose what is written to them.
         self.position = torch.zeros(1, dtype=torch.int64, device=device)  # in the epoch, in samples
         self.step = torch.zeros(1, dtype=torch.int64, device=device)  # of the whole training
         self.finite = torch.ones(1, dtype=torch.bool, device=device)
-        self.growing = [GrowingState(m) for m in model.modules() if isinstance(m, InfPiLinear)]
-        self.weights = [model.input.A.data] if self.growing else [layer.weight.data for layer in model.layers]
-        on_gpu = device.type == "cuda"
-        self._compute = compiled(self._compute_step) if on_gpu else self._compute_step
-        self._append = append_fused if on_gpu else append_reference
-        self._one_pass = not on_gpu or self._readout_in_one_pass()
-        self._side = torch.cuda.Stream(device) if on_gpu else None
+        self.growing = [GrowingState(layer) for layer in layers if isinstance(layer, InfPiLinear)]
+        self.weights = [model.input.A.data] if self.growing else [layer.weight.data for layer in layers]
+        self._on_gpu = device.type == "cuda"
+        self._compute = compiled(self._compute_step) if self._on_gpu else self._compute_step
+        self._append = append_fused if self._on_gpu else append_reference
+        self._one_pass = (
+            self.growing and layers[-1].role == "readout" and (not self._on_gpu or self._readout_in_one_pass())
+        )
+        self._side = torch.cuda.Stream(device) if self._on_gpu else None
         self._steps: dict[int, Callable[[], None]] = {}
 
     def _readout_in_one_pass(self) -> bool:
         """Whether the read-out's Jacobian comes with its output, so that the backward pass reads no row of it again."""
-        if not self.growing:
-            return False
         A, B, *_ = self.growing[-1].storages
         return ops.fused(B.new_empty(self.settings.batch_size, B.shape[1]), A, "growing_forward_jacobian")
 
@@ -170,8 +174,8 @@ class Engine:
     @torch.no_grad()
     def _step_of(self, size: int) -> Callable[[], None]:
         """A step with batches of ``size``: on a GPU the replay of its graph, captured when first asked for."""
-        if size not in self._steps and self.x.is_cuda:
-            with torch.cuda.device(self.x.device):
+        if size not in self._steps and self._on_gpu:
+            with torch.cuda.device(self.step.device):
                 self._steps[size] = self._capture(size)
         return self._steps.setdefault(size, lambda: self._take_step(size))
 
@@ -232,20 +236,37 @@ class Engine:
             what to append, one (first row, A, B, amult) a growing layer, and how to step each of ``self.weights``: (left,
             right, kept, factor), as :func:`pizoo.ops.dense.step` takes them.
         """
-        batch = self.order[self.position + torch.arange(size, device=self.order.device)]
-        x, y = self.x[batch], self.y[batch]
         lr_factor = self.lr_factors[self.step].squeeze(0)
-        loss, gradients = (self._infinite_net if self.growing else self._finite_net)(x, y)
+        loss, gradients = self._gradients(size)
         factors, norms = self._clip(gradients, lr_factor)
-        self.finite.logical_and_(torch.stack([loss, *norms]).isfinite().all())
+        self.finite.logical_and_(functools.reduce(torch.logical_and, [t.isfinite() for t in (loss, *norms)]))
         lr = self.settings.lr * lr_factor
         updates = self._update(gradients, factors, lr)
         # A gradient that is not finite shows as a loss that is not, so that the host knows the step.
-        told = torch.where(self.finite | ~loss.isfinite(), loss, math.nan)
-        self.losses.index_copy_(0, self.position // self.settings.batch_size, told)
+        self._tell(torch.where(self.finite | ~loss.isfinite(), loss, math.nan), size)
         self.position.add_(size)
         self.step.add_(1)
         return updates
+
+    def _tell(self, loss: Tensor, size: int) -> None:
+        """Keep the loss of a step for the host."""
+        self.losses.index_copy_(0, self.position // self.settings.batch_size, loss)
+
+    def _gradients(self, size: int) -> tuple[Tensor, list[Gradient]]:
+        """Loss (0-d) of the next ``size`` samples, and its gradients, layer by layer from the input on."""
+        batch = self.order[self.position + torch.arange(size, device=self.order.device)]
+        x, y = self.x[batch], self.y[batch]
+        logits, entered = self._forward(x)
+        loss, delta = self._loss(logits, y)
+        return loss, self._backward(x, delta, entered)
+
+    def _forward(self, x: Tensor) -> tuple[Tensor, list[tuple]]:
+        """Output of the layers trained, and what the backward pass needs."""
+        return (self._infinite_forward if self.growing else self._finite_forward)(x)
+
+    def _backward(self, x: Tensor, delta: Tensor, entered: list[tuple]) -> list[Gradient]:
+        """Gradients of all layers from that at their output."""
+        return (self._infinite_backward if self.growing else self._finite_backward)(x, delta, entered)
 
     def _loss(self, logits: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         """Loss (0-d) and its gradient at the logits [b, classes], in at least float32."""
@@ -254,9 +275,9 @@ class Engine:
         if self.settings.loss == "mse":
             return nn.functional.mse_loss(logits, target), 2 * (logits - target) / logits.numel()
         log_p = logits.log_softmax(1)
-        return -(log_p * target).sum(1).mean(), (log_p.exp() - target) / len(y)
+        return -(log_p * target).sum() / len(y), (log_p.exp() - target) / len(y)
 
-    def _infinite_net(self, x: Tensor, y: Tensor) -> tuple[Tensor, list[Gradient]]:
+    def _infinite_forward(self, x: Tensor) -> tuple[Tensor, list[tuple]]:
         net: InfPiMLP = self.model
         g = net.input.alpha * _biased(library.product(x, net.input.A), net.input)
         entered = []
@@ -267,46 +288,50 @@ class Engine:
                 out, jacobian = library.growing_forward_jacobian(gbar, *state.rows, state.count, state.bmult)
             else:
                 out, jacobian = library.growing_forward(gbar, *state.rows, state.count, state.bmult), None
-            entered.append((gbar, s))
+            entered.append((gbar, s, jacobian))
             g = layer.alpha * _biased((out * scale).to(g.dtype), layer)
-        loss, dg = self._loss(g, y)
+        return g, entered
+
+    def _infinite_backward(self, x: Tensor, dg: Tensor, entered: list[tuple]) -> list[Gradient]:
+        net: InfPiMLP = self.model
         gradients = []
-        for state, (gbar, s) in zip(reversed(self.growing), reversed(entered), strict=True):
-            layer, delta = state.layer, (state.layer.alpha * dg).to(gbar.dtype)
-            scale = torch.ones_like(s) if layer.layernorm else s
-            gradients.append(Gradient(layer.role, gbar, delta, scale, _bias_alpha(layer)))
-            if self._one_pass and state is self.growing[-1]:
-                dg = ((delta * state.decay).to(jacobian.dtype)[:, :, None] * jacobian).sum(1)
+        for state, (gbar, s, jacobian) in zip(reversed(self.growing), reversed(entered), strict=True):
+            layer, delta = state.layer, _times(state.layer.alpha, dg).to(gbar.dtype)
+            gradients.append(Gradient(layer, gbar, delta, torch.ones_like(s) if layer.layernorm else s))
+            decayed = delta * state.decay
+            if jacobian is not None:
+                dg = (decayed.to(jacobian.dtype)[:, :, None] * jacobian).sum(1)
             else:
-                decayed = (delta * state.decay).to(delta.dtype)
-                dg = library.growing_backward(gbar, *state.rows, decayed, state.count, state.bmult)
+                dg = library.growing_backward(gbar, *state.rows, decayed.to(delta.dtype), state.count, state.bmult)
             if layer.layernorm:
                 dg = dg - (dg * gbar).sum(1, keepdim=True) * gbar
                 dg = dg / torch.where(s > 0, s, torch.ones_like(s))
-        delta = net.input.alpha * dg.to(x.dtype)
-        gradients.append(Gradient("input", x, delta, None, _bias_alpha(net.input)))
-        return loss, gradients[::-1]
+        gradients.append(Gradient(net.input, x, _times(net.input.alpha, dg.to(x.dtype)), None))
+        return gradients[::-1]
 
-    def _finite_net(self, x: Tensor, y: Tensor) -> tuple[Tensor, list[Gradient]]:
-        layers, entered, h = self.model.layers, [], x
-        for layer in layers:
-            entered.append(h)
-            last = layer is layers[-1]  # few columns, at which matrix products made for many are slow
+    def _finite_forward(self, x: Tensor) -> tuple[Tensor, list[tuple]]:
+        entered, h = [], x
+        for layer in self.layers:
+            last = layer.role == "readout"  # few columns, at which matrix products made for many are slow
             z = library.product(h, layer.weight.T) if last else h @ layer.weight.T
-            h = layer.alpha * _biased(z, layer)
-            if not last:
-                h = torch.relu(h)
-        loss, delta = self._loss(h, y)
+            out = layer.alpha * _biased(z, layer)
+            out = out if last else torch.relu(out)
+            entered.append((h, out))
+            h = out
+        return h, entered
+
+    def _finite_backward(self, x: Tensor, delta: Tensor, entered: list[tuple]) -> list[Gradient]:
         gradients = []
-        for l in reversed(range(len(layers))):
-            layer = layers[l]
-            delta = (layer.alpha * delta).to(x.dtype)
-            basis = self.model.basis(l) if l < len(layers) - 1 else None
+        for l, (layer, (h, out)) in reversed(list(enumerate(zip(self.layers, entered, strict=True)))):
+            if layer.role != "readout":
+                delta = delta * (out > 0)
+            delta = _times(layer.alpha, delta).to(x.dtype)
+            basis = self.model.basis(l)
             projected = delta if basis is None else (delta @ basis) @ basis.T
-            gradients.append(Gradient(layer.role, entered[l], projected, None, _bias_alpha(layer)))
+            gradients.append(Gradient(layer, h, projected, None))
             if l:
-                delta = (delta @ layer.weight) * (entered[l] > 0)
-        return loss, gradients[::-1]
+                delta = delta @ layer.weight
+        return gradients[::-1]
 
     def _clip(self, gradients: list[Gradient], lr_factor: Tensor) -> tuple[list[list[Tensor]], list[Tensor]]:
         """What each gradient (weight, bias) is multiplied by, and all norms, flat."""
@@ -330,9 +355,9 @@ class Engine:
         """
         new_rows, steps = [], []
         growing = iter(self.growing)
-        modules = [self.model.input, *(s.layer for s in self.growing)] if self.growing else list(self.model.layers)
-        for module, gradient, (factor, *bias_factor) in zip(modules, gradients, factors, strict=True):
-            group = self.groups[gradient.role]
+        for gradient, (factor, *bias_factor) in zip(gradients, factors, strict=True):
+            module = gradient.module
+            group = self.groups[module.role]
             step, kept = lr * group["lr_mult"], 1 - lr * group["weight_decay"] * group["weight_decay_mult"]
             if gradient.scale is not None:
                 state = next(growing)
@@ -386,9 +411,10 @@ def _gram(x: Tensor) -> Tensor:
     return (x[:, None, :] * x).sum(2)
 
 
+def _times(alpha: float, x: Tensor) -> Tensor:
+    """``alpha x``, without a kernel for an alpha of 1."""
+    return x if alpha == 1 else alpha * x
+
+
 def _biased(z: Tensor, module: nn.Module) -> Tensor:
     return z if module.bias is None else z + module.bias_alpha * module.bias
-
-
-def _bias_alpha(module: nn.Module) -> float | None:
-    return None if module.bias is None else module.bias_alpha

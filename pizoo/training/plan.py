@@ -19,8 +19,6 @@ from pizoo.training.report import peak_memory
 PROBE_ROWS = {"cuda": 2**18, "cpu": 2**13}
 # A step's work that does not depend on the rows, measured: replayed graph on an H200, plain loop on two CPU cores.
 STEP_OVERHEAD = {"graph": 1.5e-4, "plain": 2e-3}
-FEWER_ROWS = "fewer train.epochs, a data.subset, a smaller model.r or a shorter train.dtype"
-LESS_BESIDE = "a smaller train.batch_size or data.subset"
 CPU = torch.device("cpu")
 
 
@@ -38,6 +36,7 @@ class Plan:
         available: bytes free on the device now.
         host_needed, host_available: the same of the host, when rows are kept there; else 0 and what is free.
         seconds: estimate from a measurement on this device; None for finite nets.
+        on_tasks: whether it trains on tasks, which are drawn: then there is no part of the data to take.
     """
 
     device: torch.device
@@ -50,6 +49,7 @@ class Plan:
     host_needed: int
     host_available: int
     seconds: float | None
+    on_tasks: bool
 
     def check(self, entry: str) -> None:
         """Raise NotEnoughMemory unless the training fits."""
@@ -62,7 +62,7 @@ class Plan:
         if self.needed > self.available:
             raise NotEnoughMemory(
                 f"{entry} needs {_gib(self.needed)} on {self.device} beside its rows on the host; {_gib(self.available)} are "
-                f"free: {LESS_BESIDE}"
+                f"free: {self._less_beside}"
             )
         if self.host_needed > self.host_available:
             raise NotEnoughMemory(
@@ -92,9 +92,9 @@ class Plan:
         if on_host and "CUDA" not in reported:
             remedy = self._fewer_rows(self.host_available - HEADROOM - _asked_for(reported))
         elif on_host or not self.rows:
-            remedy = f"What a step needs beside rows did not fit: {LESS_BESIDE}"
+            remedy = f"What a step needs beside rows did not fit: {self._less_beside}"
         elif room - beside >= self.row_bytes:
-            remedy = f"The rows fit, what a step needs beside them did not: {LESS_BESIDE}"
+            remedy = f"The rows fit, what a step needs beside them did not: {self._less_beside}"
         else:
             remedy = self._fewer_rows(room - beside)
         there = f"{_gib(room)} can be had on {self.device}{self._on_the_host()}"
@@ -102,7 +102,12 @@ class Plan:
 
     def _fewer_rows(self, room: int) -> str:
         fitting = self.rows * max(0, room) // max(1, self.row_bytes)
-        return f"About {fitting:,} rows would fit: {FEWER_ROWS}"
+        samples = "train.steps_per_epoch" if self.on_tasks else "data.subset"
+        return f"About {fitting:,} rows would fit: fewer train.epochs, a smaller {samples} or model.r, or a shorter train.dtype"
+
+    @property
+    def _less_beside(self) -> str:
+        return "a smaller train.batch_size" + ("" if self.on_tasks else " or data.subset")
 
     def _on_the_host(self) -> str:
         """What the host has, where keeping rows there is a way out."""
@@ -116,7 +121,7 @@ class Plan:
 def plan(
     recipe: Recipe, samples: int, device: torch.device, estimate_time: bool = False, rows_on: str = "auto"
 ) -> Plan:
-    """Plan the training of ``recipe`` on ``samples`` training images.
+    """Plan the training of ``recipe`` on ``samples`` training images an epoch (:func:`samples_per_epoch` of tasks).
 
     Args:
         estimate_time: measure for a second.
@@ -128,7 +133,8 @@ def plan(
     """
     check_place(rows_on, "auto")
     settings = recipe.train
-    steps = math.ceil(samples / settings.batch_size) * settings.epochs
+    steps_per_epoch = settings.steps_per_epoch or math.ceil(samples / settings.batch_size)
+    steps = steps_per_epoch * settings.epochs
     widths = _layer_widths(recipe)
     itemsize = getattr(torch, settings.dtype).itemsize
     first = recipe.model.r if widths else 0
@@ -136,7 +142,8 @@ def plan(
     multipliers = 2 if itemsize == 1 else 1  # int8 rows have bmult beside amult
     mult_bytes = rows * len(widths) * multipliers * max(4, itemsize)
     row_bytes = sum(rows * itemsize * (r_out + recipe.model.r) for r_out in widths) + mult_bytes
-    beside = samples * recipe.data.d * (4 + 1) + HEADROOM
+    data = 0 if recipe.tasks else samples * recipe.data.d * (4 + 1)  # all of Omniglot, rotated, is 100 MB
+    beside = data + HEADROOM
     available, host_available = free_memory(device), free_memory(CPU)
     host_needed = row_bytes - mult_bytes + HEADROOM
     on_host = device.type == "cuda" and bool(widths) and rows_on != "device"
@@ -144,8 +151,10 @@ def plan(
         on_host = on_host and row_bytes + beside > available and host_needed <= host_available
     seconds = None
     if estimate_time and widths:
-        per_row = sum(_seconds_per_row(recipe, r_out, device, on_host) for r_out in widths)
-        overhead = STEP_OVERHEAD["graph" if device.type == "cuda" and not on_host else "plain"]
+        batch = math.ceil(samples / steps_per_epoch)
+        per_row = sum(_seconds_per_row(recipe, r_out, batch, device, on_host) for r_out in widths)
+        graph = device.type == "cuda" and not on_host and not recipe.tasks
+        overhead = STEP_OVERHEAD["graph" if graph else "plain"]
         seconds = steps * (overhead + per_row * (first + rows) / 2)
     buffers = streamed.BUFFERS * streamed.CHUNK_BYTES
     return Plan(
@@ -159,7 +168,15 @@ def plan(
         host_needed=host_needed if on_host else 0,
         host_available=host_available,
         seconds=seconds,
+        on_tasks=recipe.tasks is not None,
     )
+
+
+def samples_per_epoch(recipe: Recipe) -> int:
+    """Samples whose rows an epoch on tasks appends: of support and query, at first order of queries alone."""
+    tasks, settings = recipe.tasks, recipe.train
+    images = tasks.queries if tasks.first_order else tasks.shots + tasks.queries
+    return settings.steps_per_epoch * settings.batch_size * recipe.data.classes * images
 
 
 def check_solving(recipe: Recipe, samples: int, device: torch.device) -> None:
@@ -176,15 +193,16 @@ def check_solving(recipe: Recipe, samples: int, device: torch.device) -> None:
 
 
 def _layer_widths(recipe: Recipe) -> list[int]:
-    """Outputs of each growing layer; none for finite nets."""
+    """Outputs of each layer that grows; none for finite nets."""
     if not isinstance(recipe.model, InfPi):
         return []
-    return [recipe.model.r] * (recipe.model.hidden_layers - 1) + [recipe.data.classes]
+    readout = [recipe.data.classes] if recipe.train.last_layer_lr_mult else []
+    return [recipe.model.r] * (recipe.model.hidden_layers - 1) + readout
 
 
-def _seconds_per_row(recipe: Recipe, r_out: int, device: torch.device, on_host: bool) -> float:
-    """Forward and backward of one growing layer, per row, measured on random rows."""
-    r, b, dtype = recipe.model.r, recipe.train.batch_size, getattr(torch, recipe.train.dtype)
+def _seconds_per_row(recipe: Recipe, r_out: int, b: int, device: torch.device, on_host: bool) -> float:
+    """Forward and backward of one growing layer, per row, for batches of b samples, measured on random rows."""
+    r, dtype = recipe.model.r, getattr(torch, recipe.train.dtype)
     rows = PROBE_ROWS[device.type]
     gbar = unit(torch.randn(b, r, device=device))[0]
     A, B = (torch.randn(rows, n, device=device) for n in (r_out, r))

@@ -15,6 +15,7 @@ from pizoo.cards import write_card
 from pizoo.evaluation.accuracy import choose_device, correct, percent, predict
 from pizoo.evaluation.entries import attach_training_images
 from pizoo.recipes import Recipe
+from pizoo.training import meta
 from pizoo.training.seeds import summary, train_seeds
 from pizoo.training.supervised import TrainResult
 from pizoo.training.tune import tune
@@ -50,7 +51,7 @@ def reproduce(
     records, right = [], {}
     for run in train_seeds(recipe, seeds, runs, data_dir=data_dir, device=device, progress=progress):
         if not records:
-            shipped, right[checkpoint.SHIPPED] = run.outcome.results, _ship(run.outcome, card, data_dir)
+            shipped, right[checkpoint.SHIPPED] = _ship(run.outcome, card, data_dir)
         records.append(run.record)
         right[checkpoint.seed_key(run.record["seed"])] = run.correct
         del run  # its net's memory is the next one's
@@ -74,11 +75,15 @@ def reproduce(
     return results
 
 
-def _ship(outcome: TrainResult, card: Path, data_dir: str | os.PathLike | None) -> Tensor:
-    """Write the net of ``outcome`` into its card and return which test images a user's copy of it classifies correctly."""
+def _ship(outcome: TrainResult, card: Path, data_dir: str | os.PathLike | None) -> tuple[dict[str, Any], Tensor]:
+    """Write the net of ``outcome`` into its card; return what to record of a user's copy of it, and which test images (queries
+    of tasks) that classifies correctly."""
     recipe = outcome.recipe
-    dataset, normalize = recipe.data.load(data_dir), recipe.data.normalize
+    dataset, normalize = recipe.load_data(data_dir), recipe.data.normalize
+    if recipe.tasks is not None:
+        measured = meta.ship(outcome, card, dataset)
+        return {**outcome.results, **measured.recorded}, measured.correct
     checkpoint.save_with_probe(card, outcome.model, recipe.config(dataset.class_names), dataset, normalize)
     model, _ = checkpoint.load(card, device=next(iter(outcome.model.state_dict().values())).device)
     attach_training_images(model, dataset.train_x, normalize)
-    return correct(predict(model, dataset.test_x, normalize), dataset.test_y)
+    return outcome.results, correct(predict(model, dataset.test_x, normalize), dataset.test_y)

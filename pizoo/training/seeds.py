@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import statistics
 from collections.abc import Iterable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,11 +14,13 @@ from torch import Tensor
 
 from pizoo import checkpoint
 from pizoo.checkpoint import CheckpointError
-from pizoo.data import Dataset
+from pizoo.data import Dataset, TaskPool
 from pizoo.evaluation.accuracy import choose_device, correct, percent, predict, standard_error
+from pizoo.evaluation.fewshot import TaskAccuracy, split_correct
 from pizoo.plots import CURVES, draw_curves
 from pizoo.recipes import Recipe
-from pizoo.training.supervised import TrainResult, train
+from pizoo.training.supervised import TrainResult
+from pizoo.training.train import train
 
 MOST_SEEDS = 1000  # in a range, as in a recipe
 
@@ -27,7 +30,7 @@ class SeedRun(NamedTuple):
 
     Attributes:
         record: what is recorded of it beside the others: seed, accuracy, best epoch, times, machine, curve.
-        correct: bool [n], which test images it classifies correctly.
+        correct: which test images it classifies correctly, bool [n]; of tasks, which queries of the headline's, bool [T, Q].
         outcome: the training itself, net included.
     """
 
@@ -77,10 +80,12 @@ def train_seeds(
     if (runs / checkpoint.CONFIG).exists():
         raise CheckpointError(f"{runs} holds a training of its own; choose another folder for several seeds")
     if len(recipes) > 1 and recipe.train is None and len({r.data.split for r in recipes.values()}) == 1:
-        raise ValueError(f"seeds is {list(recipes)}; {recipe.entry} is solved, not trained: every seed gives the same")
+        raise ValueError(
+            f"seeds is {list(recipes)}; {recipe.entry} is a kernel, which is not trained: every seed gives the same"
+        )
     for seed, seeded in recipes.items():
-        dataset = seeded.data.load(data_dir)
-        if dataset.test_x is None:
+        dataset = seeded.load_data(data_dir)
+        if recipe.tasks is None and dataset.test_x is None:
             raise ValueError(f"data set {dataset.name!r} has no test part; seeds are compared by their test accuracy")
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
@@ -89,9 +94,13 @@ def train_seeds(
         yield _record(train(seeded, folder, **options), dataset, seed)
 
 
-def _record(outcome: TrainResult, dataset: Dataset, seed: int) -> SeedRun:
-    results, epochs = outcome.results, outcome.recipe.train.epochs if outcome.recipe.train else 0
-    right = correct(predict(outcome.model, dataset.test_x, outcome.recipe.data.normalize), dataset.test_y)
+def _record(outcome: TrainResult, dataset: Dataset | dict[str, TaskPool], seed: int) -> SeedRun:
+    results, recipe = outcome.results, outcome.recipe
+    epochs, measured = recipe.train.epochs if recipe.train else 0, "test_accuracy"
+    if recipe.tasks is None:
+        right = correct(predict(outcome.model, dataset.test_x, recipe.data.normalize), dataset.test_y)
+    else:
+        right, measured = split_correct(outcome.model, dataset, recipe.tasks.model_dump()), "validation_accuracy"
     kept = (
         "train_seconds",
         "wall_seconds",
@@ -103,23 +112,35 @@ def _record(outcome: TrainResult, dataset: Dataset, seed: int) -> SeedRun:
         "best_epoch",
     )
     record = {"seed": seed, "accuracy": percent(right), "epochs": epochs} | {key: results[key] for key in kept}
+    if recipe.tasks is not None:
+        record["splits"] = {**results["splits"], recipe.tasks.headline: asdict(TaskAccuracy.of(right))}
     if epochs:
-        record["curve"] = {key: [r[key] for r in results["history"]] for key in ("train_loss", "test_accuracy")}
+        record["curve"] = {key: [r[key] for r in results["history"]] for key in ("train_loss", measured)}
     return SeedRun(record, right, outcome)
 
 
 def summary(records: list[dict[str, Any]]) -> dict[str, Any]:
-    """What the records of several seeds give together: mean, standard error (None for one), extremes, times."""
+    """What the records of several seeds give together: mean, standard error (None for one), extremes, times.
+
+    Of few-shot learners also mean and standard error on every split; of others the mean of the best epochs, test-selected.
+    """
     accuracies = [record["accuracy"] for record in records]
-    return {
+    found = {
         "seeds": records,
         "mean_accuracy": statistics.fmean(accuracies),
         "standard_error": standard_error(accuracies),
         "lowest_accuracy": min(accuracies),
         "highest_accuracy": max(accuracies),
-        "mean_best_epoch_accuracy": statistics.fmean(record["best_epoch"]["accuracy"] for record in records),
         "total_wall_seconds": sum(record["wall_seconds"] for record in records),
     }
+    if "splits" not in records[0]:
+        best = statistics.fmean(record["best_epoch"]["accuracy"] for record in records)
+        return {**found, "mean_best_epoch_accuracy": best}
+    splits = {split: [record["splits"][split]["accuracy"] for record in records] for split in records[0]["splits"]}
+    means = {
+        split: {"accuracy": statistics.fmean(a), "standard_error": standard_error(a)} for split, a in splits.items()
+    }
+    return {**found, "mean_splits": means}
 
 
 def run_seeds(recipe: Recipe, seeds: Iterable[int], runs: str | os.PathLike, **options: Any) -> dict[str, Any]:
