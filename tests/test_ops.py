@@ -437,3 +437,7 @@ def test_int8_rows_come_with_the_multipliers_of_their_norms_and_no_others_do():
         for bmult in {byte: (None, amult[1:]), single: (amult,)}[dtype]:
             with pytest.raises(ValueError, match=f"bmult is .*{wanted}"):
                 ops.growing_forward(gbar, A, B, amult, bmult=bmult)
+
+
+def test_the_jacobian_kernel_leaves_int8_rows_to_two_passes():
+    assert not jacobian.supports(400, 10, byte, torch.device("cuda", 0))
