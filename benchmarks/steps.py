@@ -1,8 +1,9 @@
 """Time per training step of the CIFAR-10 nets, everything included, and of testing, against the number of rows M.
 
-    python benchmarks/steps.py [--rows 50000 250000 1000000 2500000] [--steps 200] [--json FILE] [--png FILE]
+    python benchmarks/steps.py [--rows 50000 250000 1000000 2500000] [--dtype int8] [--steps 200] [--json FILE] [--png FILE]
 
-Inputs and labels are random (time does not depend on them); nets, batch sizes and dtypes are the recipes'. Needs a GPU.
+Inputs and labels are random (time does not depend on them); nets and batch sizes are the recipes', dtypes too unless
+``--dtype`` names that of rows. Needs a GPU.
 """
 
 import argparse
@@ -21,15 +22,15 @@ from pizoo.training.supervised import Training
 
 NAMES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
 PAPER_MS = {50_000: 4.0, 250_000: 4.0, 1_000_000: 5.9, 2_500_000: 10.7}
-BYTES_PER_ROW = 4840  # A and B of both growing layers, float16, once forward and once backward
+AT_ONCE = 1 << 18  # rows
 
 
-def training(entry: str, samples: int) -> Training:
+def training(entry: str, samples: int, *overrides: str) -> Training:
     """A training of ``entry`` on random data."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randint(0, 256, (samples, 3, 32, 32), dtype=torch.uint8, generator=generator)
     y = torch.randint(0, 10, (samples,), generator=generator)
-    recipe = load_recipe(entry, ["train.epochs=1", "train.schedule={name: constant}"])
+    recipe = load_recipe(entry, ["train.epochs=1", "train.schedule={name: constant}", *overrides])
     return Training(recipe, Dataset("random", x, y, None, None, tuple(NAMES)), None, torch.device("cuda"))
 
 
@@ -37,12 +38,17 @@ def fill(run: Training, rows: int, more: int) -> None:
     """Grow every layer that trains to ``rows`` random rows, small enough not to matter, with room for ``more``."""
     for layer in [state.layer for state in run.engine.growing]:
         layer.reserve(rows + more)
-        A, B, amult = layer.storages
-        A[layer.count : rows].normal_()
-        B[layer.count : rows].normal_().div_(B.shape[1] ** 0.5)
-        amult[layer.count : rows] = 1e-6
+        for first in range(layer.count, rows, AT_ONCE):
+            count = min(AT_ONCE, rows - first)
+            A, B = (torch.randn(count, part.shape[1], device="cuda") for part in (layer.A, layer.B))
+            layer.put(first, A, B / B.shape[1] ** 0.5, torch.full((count,), 1e-6, device="cuda"))
         layer.grown(rows, 1.0)
     run.engine = run._make_engine()
+
+
+def bytes_of_two_passes(run: Training) -> int:
+    """A and B of a row of every growing layer, once forward and once backward."""
+    return 2 * sum(part.shape[1] * part.element_size() for layer in run.growing.values() for part in (layer.A, layer.B))
 
 
 def time_steps(run: Training, steps: int) -> tuple[float, float]:
@@ -78,6 +84,7 @@ def time_test(run: Training, images: int = 10_000) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, nargs="+", default=list(PAPER_MS))
+    parser.add_argument("--dtype", default=load_recipe("cifar10_infpi").train.dtype)
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--png", type=Path)
@@ -92,15 +99,16 @@ def main() -> None:
     }
     print(f"copy {bandwidth / 1e12:.2f} TB/s")
     for rows in args.rows:
-        run = training("cifar10_infpi", 8 * (args.steps + 10))
+        run = training("cifar10_infpi", 8 * (args.steps + 10), f"train.dtype={args.dtype}")
         fill(run, rows, len(run.train_x))
         torch.cuda.reset_peak_memory_stats()
         ms, setup = time_steps(run, args.steps)
         peak = torch.cuda.max_memory_allocated()
         test = time_test(run)
-        limit = 1e3 * rows * BYTES_PER_ROW / bandwidth
+        limit = 1e3 * rows * bytes_of_two_passes(run) / bandwidth
         row = {
             "entry": "cifar10_infpi",
+            "dtype": args.dtype,
             "rows": rows,
             "ms": ms,
             "two_pass_limit_ms": limit,

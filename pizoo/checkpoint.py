@@ -396,10 +396,9 @@ class State(NamedTuple):
                 names = set(file.keys())
                 for name, layer in layers.items():
                     if f"{name}.A" in names:
-                        held[name] += _read_rows(file, name, layer, held[name])
+                        held[name] += _read_rows(file, name, layer, self.stored[name][0], held[name])
         for name, layer in layers.items():
             amult, decay = self.stored[name]
-            layer.storages[2][: len(amult)] = amult
             layer.grown(len(amult), decay)
 
     def _row_shapes(self) -> dict[str, Tensor]:
@@ -413,14 +412,14 @@ class State(NamedTuple):
         return {name: torch.cat(shapes) for name, shapes in parts.items()}
 
 
-def _read_rows(file: Any, name: str, layer: Rows, first: int) -> int:
+def _read_rows(file: Any, name: str, layer: Rows, amult: Tensor, first: int) -> int:
     """Read a segment's rows of a layer into its storage, from row ``first`` on; returns how many there are."""
-    for part, storage in zip(("A", "B"), layer.storages, strict=False):
-        piece = file.get_slice(f"{name}.{part}")
-        count, at_once = piece.get_shape()[0], max(1, READ_BYTES // (storage.shape[1] * storage.element_size()))
-        for start in range(0, count, at_once):
-            stop = min(start + at_once, count)
-            storage[first + start : first + stop] = piece[start:stop]
+    A, B = (file.get_slice(f"{name}.{part}") for part in ("A", "B"))
+    row_bytes = sum(storage.shape[1] * storage.element_size() for storage in layer.storages[:2])
+    count, at_once = A.get_shape()[0], max(1, READ_BYTES // row_bytes)
+    for start in range(0, count, at_once):
+        stop = min(start + at_once, count)
+        layer.put(first + start, A[start:stop], B[start:stop], amult[first + start : first + stop])
     return count
 
 

@@ -264,7 +264,8 @@ class Train(_Part):
     clip: Clip = Clip()
     schedule: Annotated[Constant | Multistep | Cosine, Field(discriminator="name")] = Constant()
     loss: Literal["cross_entropy", "mse"] = "cross_entropy"
-    dtype: Literal["float16", "bfloat16", "float32", "float64"] = "float32"  # of growing rows and finite weights
+    # Of growing rows and finite weights; int8, with a scale per row, is for growing rows alone.
+    dtype: Literal["int8", "float16", "bfloat16", "float32", "float64"] = "float32"
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
 
     @model_validator(mode="after")
@@ -380,6 +381,14 @@ class Recipe(_Part):
         if kind in ("infpi", "finpi", "mu") and raw.get("train") is None:
             raise ValueError(f"train: missing; must be given for a net (model.kind {kind})")
         return raw
+
+    @model_validator(mode="after")
+    def _check_dtype(self) -> Recipe:
+        if self.train and self.train.dtype == "int8" and not isinstance(self.model, InfPi):
+            raise ValueError(
+                f"train.dtype: found 'int8', which is for rows of growing layers; a {self.model.kind} has none"
+            )
+        return self
 
     @model_validator(mode="after")
     def _check_tasks(self) -> Recipe:

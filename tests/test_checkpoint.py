@@ -32,6 +32,7 @@ TINY = (f"data.subset={N}", f"train.epochs={EPOCHS}", "train.batch_size=16", "tr
 RECIPES = {
     "infpi": ("digits_infpi", (*TINY, "model.r=8", "train.dtype=float32", "train.weight_decay=0.01")),
     "float16": ("digits_infpi", (*TINY, "model.r=8", "train.dtype=float16")),
+    "int8": ("digits_infpi", (*TINY, "model.r=8", "train.dtype=int8", "train.weight_decay=0.01")),
     "momentum": (
         "digits_infpi",
         (
@@ -45,7 +46,7 @@ RECIPES = {
     ),
     "finpi": ("digits_finpi", (*TINY, "model.r=8", "model.width=16", "train.momentum=0.9")),
 }
-GROWING = ("infpi", "float16", "momentum")
+GROWING = ("infpi", "float16", "int8", "momentum")
 
 
 class Stop(Exception):
@@ -137,10 +138,10 @@ def ship(model: nn.Module, folder: Path) -> Path:
 # Shipped nets
 
 
-def grown() -> InfPiMLP:
-    """A net after a few steps: float16 rows, a decay factor that is not 1."""
+def grown(rows_dtype: torch.dtype = torch.float16) -> InfPiMLP:
+    """A net after a few steps: short rows, a decay factor that is not 1."""
     torch.manual_seed(0)
-    model = InfPiMLP(d_in=6, d_out=3, r=4, hidden_layers=3, bias_alpha=0.5, layernorm=True, rows_dtype=torch.float16)
+    model = InfPiMLP(d_in=6, d_out=3, r=4, hidden_layers=3, bias_alpha=0.5, layernorm=True, rows_dtype=rows_dtype)
     optimizer = PiSGD(param_groups(model, lr=0.5, weight_decay=0.1), lr=0.5)
     for _ in range(3):
         nn.functional.cross_entropy(model(torch.randn(7, 6)), torch.arange(7) % 3).backward()
@@ -153,10 +154,11 @@ def grown() -> InfPiMLP:
     "make",
     [
         grown,
+        lambda: grown(torch.int8),
         lambda: FinPiMLP(d_in=6, d_out=3, width=9, r=4, last_bias_alpha=0.0),
         lambda: MuMLP(d_in=6, d_out=3, width=9, hidden_layers=1, bias_alpha=0.0),
     ],
-    ids=["InfPiMLP", "FinPiMLP", "MuMLP"],
+    ids=["InfPiMLP", "InfPiMLP of int8", "FinPiMLP", "MuMLP"],
 )
 def test_a_shipped_net_comes_back_to_the_bit(make, tmp_path):
     model = make().eval()
@@ -193,6 +195,15 @@ def test_dtype_and_device_are_the_callers_where_given(tmp_path):
     wide, _ = checkpoint.load(tmp_path, device="cpu", dtype=torch.float64)
     assert {p.dtype for p in wide.parameters()} == {torch.float64}
     assert torch.equal(wide.output.A, as_stored.output.A.double())
+
+
+def test_int8_rows_load_as_floats_of_the_same_function(finished, monkeypatch):
+    monkeypatch.setattr(checkpoint, "READ_BYTES", 100)  # a few rows at once
+    folder, _ = finished["int8"]
+    as_stored, floats = (pizoo.load(folder, dtype=dtype) for dtype in (None, torch.float32))
+    assert (as_stored.output.A.dtype, floats.output.A.dtype, floats.output.bmult) == (torch.int8, torch.float32, None)
+    x = torch.randn(5, 64, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(floats(x), as_stored(x), rtol=1e-5, atol=1e-6)
 
 
 def test_shipping_again_replaces_the_net(tmp_path):

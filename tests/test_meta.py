@@ -176,9 +176,12 @@ def test_the_epoch_with_the_best_validation_accuracy_is_kept(kind, stopped_after
     assert len(held) == (4 if kind == "infpi" else 2)  # of finite nets the best and the last alone
 
 
-def test_a_snapshot_returns_the_net_to_where_it_was_decay_included():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int8], ids=str)
+def test_a_snapshot_returns_the_net_to_where_it_was_decay_included(dtype):
     recipe = small("infpi")
     model = recipe.build_model()
+    for layer in model.growing_layers.values():
+        layer.to_rows_dtype(dtype)
     layer, x = model.hidden[0], torch.rand(3, 784)
     with torch.no_grad():
         before, features = {k: v.clone() for k, v in model.state_dict().items()}, model.features(x)

@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 from pizoo import models, recipes
 from pizoo.optim import PiSGD, param_groups
@@ -317,7 +318,7 @@ REFUSED = {
     "train.momentum=1": "train.momentum: found 1; must be less than 1",
     "train.seed=-1": "train.seed: found -1; must be greater than",
     "train.seed=4294967296": "train.seed: found 4294967296; must be less than 4294967296",
-    "train.dtype=int8": "train.dtype: found 'int8'; must be 'float16', 'bfloat16', 'float32' or 'float64'",
+    "train.dtype=int16": "train.dtype: found 'int16'; must be 'int8', 'float16', 'bfloat16', 'float32' or 'float64'",
     "train.loss=hinge": "train.loss: found 'hinge'; must be 'cross_entropy' or 'mse'",
     "train.clip=0.4": "train.clip: found 0.4; must be a mapping",
     "train.clip.max_norm=0": "train.clip.max_norm: found 0; must be greater than 0",
@@ -390,6 +391,14 @@ def test_the_multiplier_counts_where_it_applies_to_weight_decay(write):
     with pytest.raises(RecipeError, match=r"1\.0 \* 0\.5 \* 2\.0 must be below 1"):
         load_recipe(write(MINIMAL), decay)
     assert load_recipe(write(MINIMAL), [*decay, "train.apply_lr_mult_to_wd=false"]).train.weight_decay == 0.5
+
+
+def test_int8_is_for_the_rows_of_growing_layers():
+    assert load_recipe("cifar10_infpi", ["train.dtype=int8"]).build_model().output.A.dtype == torch.int8
+    with pytest.raises(
+        RecipeError, match=r"train\.dtype: found 'int8', which is for rows of growing layers; a mu has none"
+    ):
+        load_recipe("cifar10_mu", ["train.dtype=int8"])
 
 
 def test_a_finite_net_has_a_width_of_at_least_its_rank():

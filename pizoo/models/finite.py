@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from pizoo import functional
 from pizoo.models.base import InfiniteLayers, PiNet, infinite_layers
 from pizoo.nn import InfPiLinear, PiLinear, projection_basis
+from pizoo.rows import converted
 
 if TYPE_CHECKING:
     from pizoo.models.infpi import InfPiMLP
@@ -238,7 +239,7 @@ def _output_of_units(layer: InfPiLinear, omega: Tensor) -> Tensor:
     """``(amult A)ᵀ relu(Ω Bᵀ)ᵀ`` [r_out, n], block by block of rows, in at least float32."""
     dtype = torch.promote_types(layer.A.dtype, torch.float32)
     total = torch.zeros(layer.A.shape[1], len(omega), device=omega.device, dtype=dtype)
-    for A, B, amult in zip(*(t.detach().split(ROWS_AT_ONCE) for t in (layer.A, layer.B, layer.amult)), strict=True):
-        # Rows may be kept on the host.
-        total += (amult[:, None] * A.to(total)).T @ torch.relu(B.to(total) @ omega.to(dtype).T)
+    for rows in zip(*(t.detach().split(ROWS_AT_ONCE) for t in (layer.A, layer.B, layer.amult)), strict=True):
+        A, B, amult = converted(*(part.to(omega.device) for part in rows), dtype)  # they may be kept on the host
+        total += (amult[:, None] * A).T @ torch.relu(B @ omega.to(dtype).T)
     return total

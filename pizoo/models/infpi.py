@@ -27,13 +27,14 @@ class InfPiMLP(PiNet):
         readout_zero_init: start with a read-out of one row that contributes nothing.
         device, dtype: of the parameters; ``amult`` stays in at least float32.
         rows_dtype: of the rows of growing layers, where nearly all memory is; None: ``dtype``. float16 rows under float32
-            inputs and biases is how the zoo's nets are trained.
+            inputs and biases is how the zoo's nets are trained. int8 (a scale per row) takes half of that memory.
 
     State: ``input.A [d_in, r]``, ``input.bias [r]``, ``hidden.{i}.A [M, r] | B [M, r] | amult [M] | bias [r]``,
     ``output.A [M, d_out] | B | amult | bias [d_out]``.
 
     Raises:
         ValueError: sizes not positive, multipliers not finite.
+        TypeError: a ``dtype`` that is not floating-point, a ``rows_dtype`` that is neither that nor int8.
     """
 
     def __init__(

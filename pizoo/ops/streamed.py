@@ -1,9 +1,9 @@
 """The growing layer over rows that stay in host memory: they cross to the device chunk by chunk, at every call.
 
 Same functions and signatures as ``pizoo.ops.reference``; ``gbar`` and the results are on the device, rows on the host
-(``amult`` may be on either side). Two buffers on the device take turns: while one chunk is computed with, by the ordinary
-op of the device, the next is copied on a stream of its own. What the chunks contribute is added in the order of the rows:
-two runs give the same bits.
+(multipliers may be on either side). Two buffers on the device take turns: while one chunk is computed with, by the
+ordinary op of the device, the next is copied on a stream of its own. What the chunks contribute is added in the order of
+the rows: two runs give the same bits.
 
 Page-locked rows (:func:`pizoo.memory.empty_on_host`) are copied at the speed of the bus. Others work too, several times
 slower: the driver copies them through page-locked memory of its own.
@@ -23,30 +23,42 @@ CHUNK_BYTES = 1 << 26  # over a millisecond of copying, far more than launching 
 BUFFERS = 2
 
 
-def growing_forward(gbar: Tensor, A: Tensor, B: Tensor, amult: Tensor, count: Tensor | None = None) -> Tensor:
+def growing_forward(
+    gbar: Tensor, A: Tensor, B: Tensor, amult: Tensor, count: Tensor | None = None, bmult: Tensor | None = None
+) -> Tensor:
     """``F00(q) (amult A)``; see :func:`pizoo.ops.reference.growing_forward`."""
-    return _summed(lambda *rows: (ops.growing_forward(gbar, *rows),), gbar.device, count, A, B, amult)[0]
+    return _summed(ops.growing_forward, gbar, A, B, amult, count=count, bmult=bmult)[0]
 
 
 def growing_backward(
-    gbar: Tensor, A: Tensor, B: Tensor, amult: Tensor, delta: Tensor, count: Tensor | None = None
+    gbar: Tensor,
+    A: Tensor,
+    B: Tensor,
+    amult: Tensor,
+    delta: Tensor,
+    count: Tensor | None = None,
+    bmult: Tensor | None = None,
 ) -> Tensor:
     """The gradient with respect to g; see :func:`pizoo.ops.reference.growing_backward`."""
-    return _summed(lambda *rows: (ops.growing_backward(gbar, *rows, delta),), gbar.device, count, A, B, amult)[0]
+    return _summed(ops.growing_backward, gbar, A, B, amult, delta, count=count, bmult=bmult)[0]
 
 
 def growing_forward_jacobian(
-    gbar: Tensor, A: Tensor, B: Tensor, amult: Tensor, count: Tensor | None = None
+    gbar: Tensor, A: Tensor, B: Tensor, amult: Tensor, count: Tensor | None = None, bmult: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Output and Jacobian in one pass; see :func:`pizoo.ops.reference.growing_forward_jacobian`."""
-    return _summed(lambda *rows: ops.growing_forward_jacobian(gbar, *rows), gbar.device, count, A, B, amult)
+    return _summed(ops.growing_forward_jacobian, gbar, A, B, amult, count=count, bmult=bmult)
 
 
-def _summed(op, device: torch.device, count: Tensor | None, *rows: Tensor) -> tuple[Tensor, ...]:
-    """The results of ``op`` (a tuple of tensors, linear in the rows) on all chunks, added up in order."""
+def _summed(
+    op, gbar: Tensor, A: Tensor, B: Tensor, amult: Tensor, *delta: Tensor, count: Tensor | None, bmult: Tensor | None
+) -> tuple[Tensor, ...]:
+    """The results of ``op``, which are linear in the rows, on all chunks, added up in order."""
     totals: tuple[Tensor, ...] | None = None
-    for chunk in chunks(device, count, *rows):
-        results = op(*chunk)
+    rows = (A, B, amult) if bmult is None else (A, B, amult, bmult)
+    for A, B, amult, *bmults in chunks(gbar.device, count, *rows):
+        results = op(gbar, A, B, amult, *delta, bmult=bmults[0] if bmults else None)
+        results = results if isinstance(results, tuple) else (results,)
         totals = results if totals is None else tuple(t.add_(r) for t, r in zip(totals, results, strict=True))
     return totals
 

@@ -9,8 +9,8 @@ number of rows in use is read on the device, so that one captured launch serves 
 Columns are cut into pieces whose widths are powers of two (400 = 256 + 128 + 16). Samples stand first and rows or columns
 second in every product: then one copy of a tile of rows, loaded asynchronously, serves both products with it.
 
-Coefficients are rounded to the dtype of the rows before a product with them. They are scaled by powers of two, exactly, so
-that neither tiny multipliers nor tiny rows underflow in half precision.
+Coefficients are rounded to the dtype of the rows (int8 rows become float16, exactly) before a product with them. They are
+scaled by powers of two, exactly, so that neither tiny multipliers nor tiny rows underflow in half precision.
 """
 
 from __future__ import annotations
@@ -76,9 +76,9 @@ def _rows_in_use(count, M):
 
 
 @triton.jit
-def _load(pointer, i, j, stride: tl.constexpr, rows, columns):
+def _load(pointer, i, j, stride: tl.constexpr, rows, columns, eviction: tl.constexpr):
     """The elements (i, j), zero outside ``rows`` x ``columns``."""
-    return tl.load(pointer + i * stride + j, mask=(i < rows) & (j < columns), other=0.0)
+    return tl.load(pointer + i * stride + j, mask=(i < rows) & (j < columns), other=0.0, eviction_policy=eviction)
 
 
 @triton.jit
@@ -102,24 +102,28 @@ def _load_rows(
     count,
     r: tl.constexpr,
     stride: tl.constexpr,
+    dtype: tl.constexpr,
     ROWS: tl.constexpr,
     STARTS: tl.constexpr,
     WIDTHS: tl.constexpr,
+    eviction: tl.constexpr,
 ):
-    """A block of rows in pieces [ROWS, width], zero beyond ``count``."""
+    """A block of rows in pieces [ROWS, width] of ``dtype``, zero beyond ``count``."""
     pointer += tl.cast(block, tl.int64) * ROWS * stride
     row = tl.arange(0, ROWS)[:, None]
     pieces = ()
     for k in tl.static_range(len(WIDTHS)):
-        pieces += (_load(pointer, row, _columns(STARTS[k], WIDTHS[k])[None, :], stride, count - block * ROWS, r),)
+        column = _columns(STARTS[k], WIDTHS[k])[None, :]
+        tile = _load(pointer, row, column, stride, count - block * ROWS, r, eviction)
+        pieces += (tile.to(dtype),)
     return pieces
 
 
 @triton.jit
-def _load_multipliers(amult, block, count, ROWS: tl.constexpr):
+def _load_multipliers(multipliers, block, count, ROWS: tl.constexpr):
     """Multipliers of a block, loaded by hand one block ahead: tiles take what asynchronous buffers there are."""
     row = tl.cast(block, tl.int64) * ROWS + tl.arange(0, ROWS)
-    return tl.load(amult + row, mask=row < count, other=0.0)
+    return tl.load(multipliers + row, mask=row < count, other=0.0)
 
 
 @triton.jit
@@ -127,7 +131,7 @@ def _load_inputs(pointer, sample, b, r: tl.constexpr, STARTS: tl.constexpr, WIDT
     """Inputs, or gradients at outputs: pieces [samples, width] in float32."""
     pieces = ()
     for k in tl.static_range(len(WIDTHS)):
-        pieces += (_load(pointer, sample[:, None], _columns(STARTS[k], WIDTHS[k])[None, :], r, b, r),)
+        pieces += (_load(pointer, sample[:, None], _columns(STARTS[k], WIDTHS[k])[None, :], r, b, r, ""),)
     return pieces
 
 
@@ -174,6 +178,7 @@ def _forward_kernel(
     A,
     B,
     amult,
+    bmult,
     count,
     partial,
     M,
@@ -198,15 +203,21 @@ def _forward_kernel(
     blocks = tl.cdiv(count, ROWS)
     if program < blocks:
         sample = tl.program_id(0) * BATCH + tl.arange(0, BATCH)
-        dtype: tl.constexpr = A.dtype.element_ty
+        dtype: tl.constexpr = tl.float16 if A.dtype.element_ty == tl.int8 else A.dtype.element_ty
         inputs = _multiply(_load_inputs(gbar, sample, b, r, B_STARTS, B_WIDTHS), 1.0, dtype)
         sums, unit, top = _zeros(BATCH, A_WIDTHS), 1.0, 0.0
         multipliers = _load_multipliers(amult, program, count, ROWS)
+        if bmult is not None:
+            norms = _load_multipliers(bmult, program, count, ROWS)
         for block in tl.range(program, blocks, programs, num_stages=STAGES):
-            B_tiles = _load_rows(B, block, count, r, stride_B, ROWS, B_STARTS, B_WIDTHS)
-            A_tiles = _load_rows(A, block, count, r_out, stride_A, ROWS, A_STARTS, A_WIDTHS)
+            B_tiles = _load_rows(B, block, count, r, stride_B, dtype, ROWS, B_STARTS, B_WIDTHS, "")
+            A_tiles = _load_rows(A, block, count, r_out, stride_A, dtype, ROWS, A_STARTS, A_WIDTHS, "")
             next_multipliers = _load_multipliers(amult, block + programs, count, ROWS)
-            F00, _, _ = _arc_cosine_kernels(_contract(inputs, B_tiles, PRECISION))
+            q = _contract(inputs, B_tiles, PRECISION)
+            if bmult is not None:
+                q *= norms[None, :]
+                norms = _load_multipliers(bmult, block + programs, count, ROWS)
+            F00, _, _ = _arc_cosine_kernels(q)
             unit, inverse, top, factor = _rescale(unit, top, tl.max(tl.abs(multipliers)))
             coefficients = (F00 * (multipliers * inverse)[None, :]).to(dtype)
             sums = _accumulate(sums, factor, coefficients, A_tiles, PRECISION)
@@ -221,6 +232,7 @@ def _backward_kernel(
     A,
     B,
     amult,
+    bmult,
     delta,
     count,
     partial,
@@ -246,7 +258,7 @@ def _backward_kernel(
     blocks = tl.cdiv(count, ROWS)
     if program < blocks:
         sample = tl.program_id(0) * BATCH + tl.arange(0, BATCH)
-        dtype: tl.constexpr = A.dtype.element_ty
+        dtype: tl.constexpr = tl.float16 if A.dtype.element_ty == tl.int8 else A.dtype.element_ty
         inputs = _multiply(_load_inputs(gbar, sample, b, r, B_STARTS, B_WIDTHS), 1.0, dtype)
         deltas = _load_inputs(delta, sample, b, r_out, A_STARTS, A_WIDTHS)
         largest = tl.max(tl.abs(deltas[0]), 1)
@@ -257,17 +269,30 @@ def _backward_kernel(
         sums, unit, top = _zeros(BATCH, B_WIDTHS), tl.full((BATCH,), 1, tl.float32), tl.zeros((BATCH,), tl.float32)
         along = tl.zeros((BATCH, ROWS), tl.float32)
         multipliers = _load_multipliers(amult, program, count, ROWS)
+        if bmult is not None:
+            norms = _load_multipliers(bmult, program, count, ROWS)
         for block in tl.range(program, blocks, programs, num_stages=STAGES):
-            B_tiles = _load_rows(B, block, count, r, stride_B, ROWS, B_STARTS, B_WIDTHS)
-            A_tiles = _load_rows(A, block, count, r_out, stride_A, ROWS, A_STARTS, A_WIDTHS)
+            B_tiles = _load_rows(B, block, count, r, stride_B, dtype, ROWS, B_STARTS, B_WIDTHS, "")
+            B_again = B_tiles
+            if bmult is not None:
+                # A tile of bytes takes another place in shared memory for each product. Alike, both loads would become one,
+                # which then is not asynchronous; this one comes from the cache.
+                B_again = _load_rows(B, block, count, r, stride_B, dtype, ROWS, B_STARTS, B_WIDTHS, "evict_first")
+            A_tiles = _load_rows(A, block, count, r_out, stride_A, dtype, ROWS, A_STARTS, A_WIDTHS, "")
             next_multipliers = _load_multipliers(amult, block + programs, count, ROWS)
-            _, F11, F02 = _arc_cosine_kernels(_contract(inputs, B_tiles, PRECISION))
+            q = _contract(inputs, B_tiles, PRECISION)
+            if bmult is not None:
+                q *= norms[None, :]
+            _, F11, F02 = _arc_cosine_kernels(q)
             dgamma = _contract(deltas, A_tiles, PRECISION) * multipliers[None, :]
             along += dgamma * F02
             coefficients = dgamma * F11
+            if bmult is not None:
+                coefficients *= norms[None, :]
+                norms = _load_multipliers(bmult, block + programs, count, ROWS)
             unit, inverse, top, factor = _rescale(unit, top, tl.max(tl.abs(coefficients), 1))
             coefficients = (coefficients * inverse[:, None]).to(dtype)
-            sums = _accumulate(sums, factor[:, None], coefficients, B_tiles, PRECISION)
+            sums = _accumulate(sums, factor[:, None], coefficients, B_again, PRECISION)
             multipliers = next_multipliers
         partial += program.to(tl.int64) * b * line
         _store(partial, sample, b, line, r, sums, (unit * delta_unit)[:, None], B_STARTS, B_WIDTHS)
@@ -325,22 +350,33 @@ class Launch(NamedTuple):
     stages: int
 
 
-def growing_forward(gbar: Tensor, A: Tensor, B: Tensor, amult: Tensor, count: Tensor | None = None) -> Tensor:
+def growing_forward(
+    gbar: Tensor, A: Tensor, B: Tensor, amult: Tensor, count: Tensor | None = None, bmult: Tensor | None = None
+) -> Tensor:
     """``F00(q) (amult A)``, [b, r_out] float32; see :func:`pizoo.ops.reference.growing_forward`."""
-    return _run(_forward_kernel, gbar, A, B, amult, count)
+    return _run(_forward_kernel, gbar, A, B, amult, bmult, count)
 
 
 def growing_backward(
-    gbar: Tensor, A: Tensor, B: Tensor, amult: Tensor, delta: Tensor, count: Tensor | None = None
+    gbar: Tensor,
+    A: Tensor,
+    B: Tensor,
+    amult: Tensor,
+    delta: Tensor,
+    count: Tensor | None = None,
+    bmult: Tensor | None = None,
 ) -> Tensor:
     """The gradient with respect to g, [b, r] float32; see :func:`pizoo.ops.reference.growing_backward`."""
-    return _run(_backward_kernel, gbar, A, B, amult, count, delta.to(torch.float32).contiguous())
+    return _run(_backward_kernel, gbar, A, B, amult, bmult, count, delta.to(torch.float32).contiguous())
 
 
 def growing_forward_jacobian(
-    gbar: Tensor, A: Tensor, B: Tensor, amult: Tensor, count: Tensor | None = None
+    gbar: Tensor, A: Tensor, B: Tensor, amult: Tensor, count: Tensor | None = None, bmult: None = None
 ) -> tuple[Tensor, Tensor]:
-    """Output and Jacobian in one pass, float32; see :func:`pizoo.ops.reference.growing_forward_jacobian`."""
+    """Output and Jacobian in one pass, float32; see :func:`pizoo.ops.reference.growing_forward_jacobian`.
+
+    Not for int8 rows.
+    """
     (b, r), (M, r_out) = gbar.shape, A.shape
     gbar, amult = gbar.to(torch.float32).contiguous(), amult.to(torch.float32).contiguous()
     with torch.cuda.device_of(A):
@@ -365,16 +401,16 @@ def supports(op: str, gbar: Tensor, A: Tensor) -> bool:
     if op == "growing_forward_jacobian":
         return len(gbar) > 0 and A.is_cuda and jacobian.supports(r, r_out, A.dtype, A.device)
     fits = r <= 1024 and r_out <= 1024
-    return fits and len(gbar) > 0 and A.dtype in (torch.float16, torch.bfloat16, torch.float32)
+    return fits and len(gbar) > 0 and A.dtype in (torch.int8, torch.float16, torch.bfloat16, torch.float32)
 
 
-def _run(kernel, gbar: Tensor, A: Tensor, B: Tensor, amult: Tensor, count: Tensor | None, *delta: Tensor) -> Tensor:
+def _run(kernel, gbar: Tensor, A: Tensor, *others: Tensor | None) -> Tensor:
     """Launch ``kernel`` on the device of the rows and add up its partial sums."""
     with torch.cuda.device_of(A):
-        return _run_on_current_device(kernel, gbar, A, B, amult, count, *delta)
+        return _run_on_current_device(kernel, gbar, A, *others)
 
 
-def _run_on_current_device(kernel, gbar, A, B, amult, count, *delta) -> Tensor:
+def _run_on_current_device(kernel, gbar, A, B, amult, bmult, count, *delta) -> Tensor:
     """The layer's output [b, r_out] or the gradient [b, r]."""
     (b, r), (M, r_out) = gbar.shape, A.shape
     gbar, amult = gbar.to(torch.float32).contiguous(), amult.to(torch.float32).contiguous()
@@ -387,10 +423,11 @@ def _run_on_current_device(kernel, gbar, A, B, amult, count, *delta) -> Tensor:
     constants = (r, r_out, *strides, line, *pieces, *cut, "tf32x3" if A.dtype == torch.float32 else "ieee")
 
     tiles = triton.cdiv(b, launch.batch)
-    start = functools.partial(kernel.warmup, gbar, A, B, amult, *delta, count, gbar, M, b, *constants, grid=(1,))
+    rows = (A, B, amult, bmult)
+    start = functools.partial(kernel.warmup, gbar, *rows, *delta, count, gbar, M, b, *constants, grid=(1,))
     programs = max(1, _resident(start, launch.warps, (kernel, A.dtype, count is None, constants), A.device) // tiles)
     partial = gbar.new_empty(programs, b, line)
-    kernel[(tiles, programs)](gbar, A, B, amult, *delta, count, partial, M, b, *constants, num_warps=launch.warps)
+    kernel[(tiles, programs)](gbar, *rows, *delta, count, partial, M, b, *constants, num_warps=launch.warps)
     add_up(partial, out, count, M, launch.rows, gbar if delta else None)
     return out
 
@@ -430,14 +467,17 @@ def padded(columns: int) -> int:
 def _choose_launch(kernel, b: int, r: int, r_out: int, itemsize: int, device: torch.device) -> Launch:
     """The first that fits shared memory of the launches that were fastest at r = 400 on an H200."""
     launches = [Launch(32, 8, 4, 3), Launch(32, 8, 4, 2), Launch(16, 8, 4, 3), Launch(16, 8, 4, 2)]
-    if b > 32 and itemsize == 2 and r <= 512 and r_out <= 512:
+    if b > 32 and itemsize <= 2 and r <= 512 and r_out <= 512:
         wide = [Launch(32, 128, 8, 2)] if b > 64 and kernel is _forward_kernel else []
         launches = [*wide, Launch(32, 64, 8, 3), Launch(32, 64, 8, 2), *launches]
     available = _properties(device).shared_memory_per_block_optin if device.type == "cuda" else 1 << 17
     for launch in launches:
         buffers = launch.stages - (launch.batch < 64)
         inputs = r + r_out if kernel is _backward_kernel else r
-        used = itemsize * (launch.batch * inputs + buffers * launch.rows * (r + r_out))
+        used = max(itemsize, 2) * launch.batch * inputs + itemsize * buffers * launch.rows * (r + r_out)
+        if itemsize == 1:  # int8: B loaded again, and float16 tiles where products of many samples find them
+            used += buffers * launch.rows * r if kernel is _backward_kernel else 0
+            used += 2 * launch.rows * inputs if launch.batch >= 64 else 0
         # Programs of few samples wait more than they compute: two of them must fit.
         if used <= (available if launch.batch >= 64 else available // 2 - 1024):
             break

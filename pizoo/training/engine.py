@@ -29,7 +29,7 @@ from pizoo.ops.append import append_fused, append_reference
 from pizoo.ops.reference import accumulate_dtype
 from pizoo.optim import FOLD_DECAY_BELOW, PiSGD
 from pizoo.recipes import Train
-from pizoo.rows import product_norm_of_grams, row_scale, rows_norm_of_grams
+from pizoo.rows import directed, product_norm_of_grams, rows_norm_of_grams, scaled
 
 WARM_UP_STEPS = 3
 # A finite net trains for as long as the compiler thinks. Small kernels of a step gain nothing from what these look for.
@@ -42,8 +42,9 @@ class GrowingState:
 
     def __init__(self, layer: InfPiLinear):
         self.layer = layer
-        self.storages = self.A, self.B, self.amult = layer.storages
-        device = self.A.device
+        self.storages = layer.storages
+        self.rows, (self.bmult,) = self.storages[:3], self.storages[3:] or (None,)
+        self.dtype, device = layer.A.dtype, layer.device
         self.count = torch.tensor([layer.count], device=device)
         self.decay = torch.tensor([layer.decay], dtype=torch.float64, device=device)
 
@@ -149,7 +150,7 @@ class Engine:
 
     def _readout_in_one_pass(self) -> bool:
         """Whether the read-out's Jacobian comes with its output, so that the backward pass reads no row of it again."""
-        A, B, _ = self.growing[-1].storages
+        A, B, *_ = self.growing[-1].storages
         return ops.fused(B.new_empty(self.settings.batch_size, B.shape[1]), A, "growing_forward_jacobian")
 
     # ------------------------------------------------------------------ epochs
@@ -285,9 +286,9 @@ class Engine:
             layer, (gbar, s) = state.layer, unit(g)
             scale = state.decay if layer.layernorm else s * state.decay
             if self._one_pass and state is self.growing[-1]:
-                out, jacobian = library.growing_forward_jacobian(gbar, *state.storages, state.count)
+                out, jacobian = library.growing_forward_jacobian(gbar, *state.rows, state.count, state.bmult)
             else:
-                out, jacobian = library.growing_forward(gbar, *state.storages, state.count), None
+                out, jacobian = library.growing_forward(gbar, *state.rows, state.count, state.bmult), None
             entered.append((gbar, s, jacobian))
             g = layer.alpha * _biased((out * scale).to(g.dtype), layer)
         return g, entered
@@ -302,7 +303,7 @@ class Engine:
             if jacobian is not None:
                 dg = (decayed.to(jacobian.dtype)[:, :, None] * jacobian).sum(1)
             else:
-                dg = library.growing_backward(gbar, *state.storages, decayed.to(delta.dtype), state.count)
+                dg = library.growing_backward(gbar, *state.rows, decayed.to(delta.dtype), state.count, state.bmult)
             if layer.layernorm:
                 dg = dg - (dg * gbar).sum(1, keepdim=True) * gbar
                 dg = dg / torch.where(s > 0, s, torch.ones_like(s))
@@ -363,10 +364,10 @@ class Engine:
                 state = next(growing)
                 decay = state.decay * torch.where(self.finite, kept, 1.0)
                 state.decay.copy_(decay)
-                A = gradient.delta * gradient.scale * factor
-                scale = row_scale(A) if state.A.dtype.itemsize < 4 else torch.ones_like(A[:, 0])
+                A, scale = scaled(gradient.delta * gradient.scale * factor, state.dtype)
+                B, *bmult = directed(gradient.inputs, state.dtype)
                 amult = scale * (-step / decay).to(scale.dtype)
-                new_rows.append((state.count.clone(), A / scale[:, None], gradient.inputs, amult))
+                new_rows.append((state.count.clone(), A, B, amult, *bmult))
                 state.count.add_(self.finite * len(A))
             else:
                 pair = (gradient.inputs, gradient.delta)

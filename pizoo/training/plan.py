@@ -13,7 +13,7 @@ from pizoo.functional import unit
 from pizoo.memory import HEADROOM, NotEnoughMemory, free_memory, to_host
 from pizoo.ops import growing_backward, growing_forward, streamed
 from pizoo.recipes import InfPi, Recipe
-from pizoo.rows import check_place
+from pizoo.rows import check_place, converted
 from pizoo.training.report import peak_memory
 
 PROBE_ROWS = {"cuda": 2**18, "cpu": 2**13}
@@ -139,12 +139,13 @@ def plan(
     itemsize = getattr(torch, settings.dtype).itemsize
     first = recipe.model.r if widths else 0
     rows = first + samples * settings.epochs if widths else 0
-    amult_bytes = rows * len(widths) * max(4, itemsize)
-    row_bytes = sum(rows * itemsize * (r_out + recipe.model.r) for r_out in widths) + amult_bytes
+    multipliers = 2 if itemsize == 1 else 1  # int8 rows have bmult beside amult
+    mult_bytes = rows * len(widths) * multipliers * max(4, itemsize)
+    row_bytes = sum(rows * itemsize * (r_out + recipe.model.r) for r_out in widths) + mult_bytes
     data = 0 if recipe.tasks else samples * recipe.data.d * (4 + 1)  # all of Omniglot, rotated, is 100 MB
     beside = data + HEADROOM
     available, host_available = free_memory(device), free_memory(CPU)
-    host_needed = row_bytes - amult_bytes + HEADROOM
+    host_needed = row_bytes - mult_bytes + HEADROOM
     on_host = device.type == "cuda" and bool(widths) and rows_on != "device"
     if rows_on == "auto":
         on_host = on_host and row_bytes + beside > available and host_needed <= host_available
@@ -162,7 +163,7 @@ def plan(
         rows=rows,
         row_bytes=row_bytes,
         rows_on="host" if on_host else "device",
-        needed=beside + (amult_bytes + buffers if on_host else row_bytes),
+        needed=beside + (mult_bytes + buffers if on_host else row_bytes),
         available=available,
         host_needed=host_needed if on_host else 0,
         host_available=host_available,
@@ -204,15 +205,15 @@ def _seconds_per_row(recipe: Recipe, r_out: int, b: int, device: torch.device, o
     r, dtype = recipe.model.r, getattr(torch, recipe.train.dtype)
     rows = PROBE_ROWS[device.type]
     gbar = unit(torch.randn(b, r, device=device))[0]
-    A, B = (torch.randn(rows, n, device=device).to(dtype) for n in (r_out, r))
-    B /= r**0.5
+    A, B = (torch.randn(rows, n, device=device) for n in (r_out, r))
+    A, B, amult, *bmults = converted(A, B / r**0.5, torch.ones(rows, device=device), dtype)
     if on_host:
         A, B = to_host(A, dtype), to_host(B, dtype)
-    amult, delta = torch.ones(rows, device=device), torch.randn(b, r_out, device=device)
+    delta, bmult = torch.randn(b, r_out, device=device), bmults[0] if bmults else None
 
     def run() -> None:
-        growing_forward(gbar, A, B, amult)
-        growing_backward(gbar, A, B, amult, delta)
+        growing_forward(gbar, A, B, amult, bmult=bmult)
+        growing_backward(gbar, A, B, amult, delta, bmult=bmult)
         if device.type == "cuda":
             torch.cuda.synchronize(device)
 
