@@ -23,13 +23,14 @@ _LAZY = {
     "evaluate": "pizoo.evaluation.entries",
     "feature_kernel": "pizoo.evaluation.features",
     "load_recipe": "pizoo.recipes",
+    "publish": "pizoo.upload",
     "train": "pizoo.training.train",
     "verify": "pizoo.evaluation.verify",
 }
 
 from pizoo.zoo import list_entries, load  # noqa: E402 (after __version__, which checkpoints record)
 
-__all__ = ["evaluate", "feature_kernel", "list_entries", "load", "load_recipe", "train", "verify"]
+__all__ = ["evaluate", "feature_kernel", "list_entries", "load", "load_recipe", "publish", "train", "verify"]
 
 
 def __getattr__(name: str) -> Any:

@@ -123,6 +123,7 @@ def read_json(path: Path) -> Any:
     except FileNotFoundError:
         raise CheckpointError(f"{path} does not exist: {path.parent} is not a checkpoint, or lost a file") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        check_file(path)  # a Git LFS pointer in its place is called one
         raise CheckpointError(f"{path} is not valid JSON ({error}): it is damaged") from None
 
 
@@ -171,9 +172,13 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def sha256_of(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
 def json_sha256(value: Any) -> str:
     """SHA-256 of a JSON value, written with sorted keys and no spaces."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+    return sha256_of(json.dumps(value, sort_keys=True, separators=(",", ":")).encode())
 
 
 # ---------------------------------------------------------------------------------------------------- nets
@@ -585,7 +590,44 @@ def read_epoch(folder: Path, epoch: int | None = None) -> Epoch:
     Raises:
         CheckpointError: no such epoch; anything missing or damaged.
     """
+    record, entries = _recorded(folder, read_manifest(folder), epoch)
+    try:
+        segments = [check_file(folder / entry["file"], entry["sha256"]) for entry in entries]
+        return Epoch(record, read_tensors(folder / record["state"]["file"], record["state"]["sha256"]), segments)
+    except (KeyError, TypeError) as error:
+        raise CheckpointError(f"{folder / MANIFEST} lacks something ({error!r}): it is damaged") from None
+
+
+def epoch_files(folder: Path, epoch: int | None = None) -> dict[str, str]:
+    """Names and SHA-256 of the files that :func:`load` takes for an epoch; None: the one its training chose, else the last.
+
+    Raises:
+        CheckpointError: no such epoch; a damaged manifest, or one that names files of other folders.
+    """
     manifest = read_manifest(folder)
+    record, entries = _recorded(folder, manifest, manifest.get("chosen") if epoch is None else epoch)
+    return _named(folder, [*entries, record["state"]])
+
+
+def training_files(folder: Path) -> dict[str, str]:
+    """Names and SHA-256 of the files of every epoch that a training checkpoint keeps; raises as :func:`epoch_files`."""
+    manifest = read_manifest(folder)
+    _recorded(folder, manifest)
+    return _named(folder, [*manifest["segments"], *(record["state"] for record in manifest["epochs"] if record["state"])])
+
+
+def _named(folder: Path, entries: list[dict[str, Any]]) -> dict[str, str]:
+    try:
+        files = {entry["file"]: entry["sha256"] for entry in entries}
+    except (KeyError, TypeError) as error:
+        raise CheckpointError(f"{folder / MANIFEST} lacks something ({error!r}): it is damaged") from None
+    if astray := [file for file in files if not isinstance(file, str) or Path(file).name != file]:
+        raise CheckpointError(f"{folder / MANIFEST} names {astray[0]!r}, which is no file beside it")
+    return files
+
+
+def _recorded(folder: Path, manifest: Mapping[str, Any], epoch: int | None = None) -> tuple[dict[str, Any], list[dict]]:
+    """The manifest's record of an epoch (None: the last), and of the segments it is made of."""
     try:
         records = {record["epoch"]: record for record in manifest["epochs"] if record["state"]}
         if not records:
@@ -595,10 +637,7 @@ def read_epoch(folder: Path, epoch: int | None = None) -> Epoch:
         if wanted not in records:
             held = f"epochs {first} to {last}" if last > first else f"epoch {last} alone"
             raise CheckpointError(f"{folder} holds {held}; epoch={epoch} is not there")
-        record = records[wanted]
-        entries = manifest["segments"][: record["segments"]]
-        segments = [check_file(folder / entry["file"], entry["sha256"]) for entry in entries]
-        return Epoch(record, read_tensors(folder / record["state"]["file"], record["state"]["sha256"]), segments)
+        return records[wanted], manifest["segments"][: records[wanted]["segments"]]
     except (KeyError, TypeError) as error:
         raise CheckpointError(f"{folder / MANIFEST} lacks something ({error!r}): it is damaged") from None
 

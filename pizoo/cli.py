@@ -1,4 +1,4 @@
-"""The command line: ``pizoo list | train | evaluate | predict | verify | reproduce | card | data``."""
+"""The command line: ``pizoo list | train | evaluate | predict | verify | reproduce | card | publish | data``."""
 
 from __future__ import annotations
 
@@ -353,6 +353,33 @@ def card(
         out.print(f"{entry}: card in {cards / entry}", soft_wrap=True)
 
 
+@app.command()
+def publish(
+    entry: Annotated[str, typer.Argument(help="An entry's name, or the folder of a checkpoint.")],
+    repo_id: Annotated[str | None, typer.Option(help="OWNER/NAME (the entry's own, of $PIZOO_HUB).")] = None,
+    full: Annotated[Path | None, typer.Option(help="Folder of a training to publish too, every epoch of it.")] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch to publish to (main).")] = None,
+    private: Annotated[bool, typer.Option("--private", help="If the repository is made now, make it private.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be sent, byte by byte.")] = False,
+) -> None:
+    """Put an entry or a checkpoint on the Hugging Face Hub, in one commit; what is there already is not sent."""
+    from pizoo.upload import publish as run
+
+    done = run(entry, repo_id, full=full, dry_run=dry_run, private=private or None, revision=revision)
+    rows = [
+        (upload.path, f"{upload.size:,}", upload.sha256[:16], "there already" if upload.present else "to send")
+        for upload in done.uploads
+    ]
+    _print_table(("file", "bytes", "SHA-256", "on the Hub" if dry_run else "before"), rows, caption=None)
+    told = f"{done.bytes_to_send:,} bytes in {sum(not upload.present for upload in done.uploads)} files"
+    out.print(
+        f"{'would send' if dry_run else 'sent'} {told} to {done.address}" + ("" if dry_run else f", commit {done.commit}"),
+        markup=False,
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
 @data_app.command("prepare")
 def data_prepare(name: Annotated[str, typer.Argument(help="cifar10 or omniglot")], data: Data = None) -> None:
     """Download a data set and write it into the data folder."""
@@ -362,13 +389,13 @@ def data_prepare(name: Annotated[str, typer.Argument(help="cifar10 or omniglot")
 
 
 def _entries(patterns: list[str], names: list[str] | None = None) -> list[str]:
-    """Entries that match the patterns, in order; a path to a checkpoint passes through."""
-    from pizoo import zoo
+    """Entries that match the patterns, in order; a path to a checkpoint, or where one is on the Hub, passes through."""
+    from pizoo import hub, zoo
 
     found: dict[str, None] = {}
     for pattern in patterns:
         matches = zoo.list_entries(pattern) if names is None else [n for n in names if Path(n).match(pattern)]
-        if not matches and Path(pattern).is_dir():
+        if not matches and (Path(pattern).is_dir() or hub.is_address(pattern)):
             matches = [pattern]
         if not matches:
             raise zoo.unknown(pattern)

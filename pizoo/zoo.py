@@ -1,7 +1,8 @@
 """The entries of the zoo: list, load, and the names timm and torch.hub know them by.
 
 Everything is read from the cards' ``config.json``, plain JSON: listing and loading need neither the recipes nor what reads
-them. A card stands in ``model_cards/<entry>/`` of the clone, or inside the installed package.
+them. A card stands in ``model_cards/<entry>/`` of the clone, or inside the installed package. Weights are looked for at an
+explicit path, then beside the card, then, where a namespace of the Hub is set (``$PIZOO_HUB``), on the Hub.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import difflib
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from fnmatch import fnmatchcase
 from functools import cache
 from pathlib import Path
@@ -19,7 +20,7 @@ import torch
 from timm.models import generate_default_cfgs, register_model
 from torch import nn
 
-from pizoo import checkpoint
+from pizoo import checkpoint, hub
 from pizoo.checkpoint import CheckpointError
 from pizoo.data import ASSETS, Normalize, dataset_path, load_dataset
 from pizoo.models import InfPiMLP, KernelLearner, KernelRegressor, PiNet
@@ -87,6 +88,44 @@ def folder_of(entry: str | os.PathLike) -> Path:
     return Path(entry)
 
 
+def locate(
+    entry: str | os.PathLike, revision: str | None = None, weights: bool = True, epoch: int | None = None, **fetching: Any
+) -> Path:
+    """The folder of an entry or checkpoint, fetched from the Hub if that is where it is; the log says which it was.
+
+    Args:
+        entry: what :func:`load` takes.
+        revision: on the Hub.
+        weights: False: its ``config.json`` is enough.
+        epoch: of a training checkpoint on the Hub, which to fetch.
+        fetching: further arguments of :func:`pizoo.hub.fetch`.
+
+    Raises:
+        UnknownEntryError: neither an entry nor a folder.
+        HubError: the Hub does not give it.
+        ValueError: a revision of what is not on the Hub.
+    """
+    if hub.is_address(entry):
+        address = hub.Address.parse(entry, revision)
+    else:
+        folder = folder_of(entry)
+        address = hub.default_address(_entry_of(folder)) if _entry_of(folder) else None
+        if revision is not None and address is None:
+            raise ValueError(f"revision is {revision!r}; {entry} is a folder on this machine, which has no revisions")
+        if revision is None and (address is None or not weights or (folder / checkpoint.MODEL).is_file()):
+            log.info("%s: %s", entry, f"its card, {folder}" if _entry_of(folder) else f"the folder {folder}")
+            return folder
+        address = address._replace(revision=revision)
+    folder = hub.fetch(address, weights, epoch, **fetching)
+    log.info("%s: the Hub, %s (commit and files in %s)", entry, address, folder)
+    return folder
+
+
+def _entry_of(folder: Path) -> str:
+    """The entry that a folder is the card of; empty for other folders."""
+    return folder.relative_to(cards_dir()).as_posix() if cards_dir() in folder.parents else ""
+
+
 def config(entry: str) -> dict[str, Any]:
     """The ``config.json`` of an entry's card: what builds the net, its preprocessing, its recipe."""
     return checkpoint.read_config(card(entry))
@@ -105,18 +144,21 @@ def load(
     revision: str | None = None,
     epoch: int | None = None,
     rows_on: str = "auto",
+    **fetching: Any,
 ) -> PiNet | KernelRegressor | KernelLearner:
-    """Load an entry of the zoo, or a checkpoint from a folder.
+    """Load an entry of the zoo, or a checkpoint from a folder or from the Hub.
 
     Args:
-        entry: a name (:func:`list_entries`), or the path of a folder that holds a checkpoint, finished or in training.
+        entry: a name (:func:`list_entries`), the path of a folder that holds a checkpoint, finished or in training, or where
+            one is on the Hub: ``hf-hub:OWNER/NAME``, ``hf-hub:OWNER/NAME/FOLDER``, ``hf-hub:OWNER/NAME@REVISION``.
         pretrained: with its weights; False: freshly initialised.
         device: where to; None: the CPU.
         dtype: of parameters and rows; None: float32, rows as stored.
-        revision: of a repository that keeps revisions; cards and folders on this machine have one state: None.
+        revision: branch, tag or commit on the Hub; cards and folders on this machine have one state: None.
         epoch: of a training checkpoint, the epoch to load; None: the one its training chose, else the last.
         rows_on: where the rows of an infinite net are kept, now and when it is moved: "device", "host" (they stream to the
             device in every pass), or "auto": on the host, with a warning, if they do not fit a GPU.
+        fetching: from the Hub, how: ``token``, ``cache_dir``, ``force_download``, ``local_files_only``.
 
     Returns:
         the net in eval mode. ``config`` is its ``config.json``. A kernel regressor needs its training images before it
@@ -125,12 +167,11 @@ def load(
     Raises:
         UnknownEntryError: neither an entry nor a folder.
         WeightsNotFoundError: its weights are not here.
+        HubError: the Hub does not have it, or cannot be reached.
         CheckpointError: a checkpoint that is damaged or not what it claims.
         NotEnoughMemory: rows that fit neither the device nor the host.
     """
-    if revision is not None:
-        raise ValueError(f"revision is {revision!r}; {entry} is a folder on this machine, which has no revisions")
-    folder = folder_of(entry)
+    folder = locate(entry, revision, pretrained, epoch, **fetching)
     if not pretrained:
         found = checkpoint.read_config(folder)
         model = checkpoint.build(found["pizoo"], device, dtype).eval()
@@ -141,10 +182,10 @@ def load(
         if folder.parent == cards_dir() and not (folder / checkpoint.MODEL).is_file():
             raise WeightsNotFoundError(
                 f"the weights of {folder.name!r} are not in {folder}; train them with `pizoo train {folder.name}`, then load "
-                f"the folder that it writes, or load the net untrained with pretrained=False"
+                f"the folder that it writes, or load the net untrained with pretrained=False; where somebody has published it, "
+                f"set {hub.NAMESPACE} to whose it is on the Hub"
             )
         model, found = checkpoint.load(folder, epoch, device, dtype, rows_on)
-        log.info("loaded %s from %s", entry, folder)
         if isinstance(model, KernelRegressor):
             _attach_shipped(model, found)
     model.config = found
@@ -213,10 +254,7 @@ def _timm_entrypoint(architecture: str, entries: dict[str, str]) -> Callable[...
         given = {key for key, value in kwargs.items() if value is not None} - {"pretrained_cfg_overlay", "cache_dir"}
         if given:
             raise TypeError(f"{architecture} takes pretrained and num_classes; got {', '.join(sorted(given))}")
-        tag = getattr(pretrained_cfg, "tag", pretrained_cfg) or next(iter(entries))
-        if tag not in entries:
-            raise UnknownEntryError(f"{architecture} has the tags {', '.join(entries)}; got {tag!r}")
-        model = load(entries[tag], pretrained)
+        model = load(_timm_entry(architecture, entries, pretrained_cfg), pretrained, cache_dir=kwargs.get("cache_dir"))
         if num_classes is not None and num_classes != model.num_classes:
             model.reset_classifier(num_classes)
         return model
@@ -226,18 +264,37 @@ def _timm_entrypoint(architecture: str, entries: dict[str, str]) -> Callable[...
     return create
 
 
+def _timm_entry(architecture: str, entries: dict[str, str], pretrained_cfg: Any) -> str:
+    """What to load where timm was given a tag, ``hf-hub:OWNER/NAME`` or ``local-dir:PATH``."""
+    if isinstance(pretrained_cfg, Mapping) and "source" in pretrained_cfg:
+        if pretrained_cfg["source"] == "hf-hub":
+            return hub.PREFIX + pretrained_cfg["hf_hub_id"]
+        return pretrained_cfg["file"]
+    tag = getattr(pretrained_cfg, "tag", pretrained_cfg) or next(iter(entries))
+    if tag not in entries:
+        raise UnknownEntryError(f"{architecture} has the tags {', '.join(entries)}; got {tag!r}")
+    return entries[tag]
+
+
 def hub_entrypoint(entry: str) -> Callable[..., nn.Module]:
     """A torch.hub entry point that loads ``entry``."""
 
-    def load_entry(pretrained: bool = True, device=None, dtype=None) -> nn.Module:
-        return load(entry, pretrained, device, dtype)
+    def load_entry(pretrained: bool = True, device=None, dtype=None, revision: str | None = None) -> nn.Module:
+        return load(entry, pretrained, device, dtype, revision)
 
+    recipe = config(entry)["recipe"]
+    data, published = recipe["data"], recipe["published"]
+    told = [
+        f"{recipe['description']}: inputs [B, {', '.join(map(str, data['input_size']))}], {data['classes']} classes.",
+        *([f"Published accuracy: {published['accuracy']:.2f} % ({published['source']})."] if published else []),
+        "With weights in this clone." if has_weights(entry) else f"No weights in this clone: see `pizoo train {entry}`.",
+        "",
+        "pretrained: with trained weights, else freshly initialised: that needs no files and no network",
+        "device, dtype: as for pizoo.load",
+        f"revision: of its repository on the Hub, where ${hub.NAMESPACE} says whose that is",
+    ]
     load_entry.__name__ = load_entry.__qualname__ = entry
-    load_entry.__doc__ = (
-        f"{config(entry)['recipe']['description']}.\n\n"
-        "    pretrained: with trained weights, else freshly initialised\n"
-        "    device, dtype: as for pizoo.load\n"
-    )
+    load_entry.__doc__ = "\n    ".join(told) + "\n"
     return load_entry
 
 

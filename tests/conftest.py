@@ -2,9 +2,11 @@
 
 import sys
 
+import loopback_hub  # isort: skip (before anything imports huggingface_hub: no test talks to the real one)
 import pytest
 import torch
 
+from hub_faults import Scene
 from pizoo import cli
 
 # The nets here are tiny: threads cost more in waiting for each other than they save, most of all on cores that others use.
@@ -32,3 +34,18 @@ def pizoo_command(monkeypatch, capsys):
         return Outcome(code, captured.out, captured.err)
 
     return run
+
+
+@pytest.fixture(scope="session")
+def loopback(tmp_path_factory):
+    """The one loopback Hub of this run."""
+    hub = loopback_hub.LoopbackHub(tmp_path_factory.mktemp("hub"), loopback_hub.LISTENING)
+    yield hub
+    hub.close()
+
+
+@pytest.fixture
+def scene(loopback, tmp_path):
+    """An empty Hub, an empty cache, an account."""
+    with Scene(loopback, tmp_path) as made:
+        yield made

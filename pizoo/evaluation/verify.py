@@ -100,7 +100,7 @@ def verify(
     """Re-measure an entry's checkpoint and compare with what it recorded.
 
     Args:
-        entry: a name of the zoo, or the path of a checkpoint with a ``results.json``.
+        entry: a name of the zoo, the path of a checkpoint with a ``results.json``, or where one is on the Hub.
         data_dir: where data sets are (:func:`pizoo.data.data_directory`).
         device: None: a GPU if there is one.
         quick: compare the logits of the stored probe instead of the test accuracy; needs no data set. A kernel
@@ -114,12 +114,13 @@ def verify(
 
     Raises:
         UnknownEntryError: no such entry.
+        HubError: the Hub does not give it.
         ValueError: ``images`` below 1, or together with ``quick``.
     """
     if images is not None and (images < 1 or quick):
         raise ValueError(f"images is {images}; it must be at least 1, and the probe (quick) has its own")
     begin = time.perf_counter()
-    folder = zoo.folder_of(entry)
+    folder = zoo.locate(entry, records=True)
     device = choose_device(device)
     outcome = _Outcome("not run", "")
     results: dict[str, Any] = {}
@@ -130,7 +131,7 @@ def verify(
             raise zoo.WeightsNotFoundError(f"{folder} records no results yet")
         results = checkpoint.read_json(folder / checkpoint.RESULTS)
         records = _recorded_correct(folder, results)
-        found = _Found(folder, zoo.load(entry, device=device), config, results, records)
+        found = _Found(folder, zoo.load(folder, device=device), config, results, records)
         measure = _task_accuracy if config["recipe"].get("tasks") else _test_accuracy
         outcome = _probe(found) if quick else measure(found, data_dir, images)
     except DataNotFoundError as error:

@@ -10,11 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from pizoo.models.adapt import Adaptable, NearestNeighbour
+from pizoo.models.pretrained import Pretrained
 from pizoo.nn import InfPiInput, InfPiLinear, check_positive
 from pizoo.rows import Rows, rows_problem
 
 
-class PiNet(Adaptable):
+class PiNet(Adaptable, Pretrained):
     """Base of :class:`InfPiMLP`, :class:`FinPiMLP` and :class:`MuMLP`.
 
     Attributes:
