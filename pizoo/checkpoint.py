@@ -613,7 +613,9 @@ def training_files(folder: Path) -> dict[str, str]:
     """Names and SHA-256 of the files of every epoch that a training checkpoint keeps; raises as :func:`epoch_files`."""
     manifest = read_manifest(folder)
     _recorded(folder, manifest)
-    return _named(folder, [*manifest["segments"], *(record["state"] for record in manifest["epochs"] if record["state"])])
+    return _named(
+        folder, [*manifest["segments"], *(record["state"] for record in manifest["epochs"] if record["state"])]
+    )
 
 
 def _named(folder: Path, entries: list[dict[str, Any]]) -> dict[str, str]:

@@ -373,7 +373,8 @@ def publish(
     _print_table(("file", "bytes", "SHA-256", "on the Hub" if dry_run else "before"), rows, caption=None)
     told = f"{done.bytes_to_send:,} bytes in {sum(not upload.present for upload in done.uploads)} files"
     out.print(
-        f"{'would send' if dry_run else 'sent'} {told} to {done.address}" + ("" if dry_run else f", commit {done.commit}"),
+        f"{'would send' if dry_run else 'sent'} {told} to {done.address}"
+        + ("" if dry_run else f", commit {done.commit}"),
         markup=False,
         highlight=False,
         soft_wrap=True,

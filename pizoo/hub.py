@@ -17,8 +17,8 @@ from typing import Any, NamedTuple
 from huggingface_hub import ModelCard, ModelCardData, constants, hf_hub_download
 from huggingface_hub.errors import (
     EntryNotFoundError,
-    HFValidationError,
     HfHubHTTPError,
+    HFValidationError,
     LocalEntryNotFoundError,
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
@@ -205,7 +205,7 @@ def _reason(error: BaseException, address: Address) -> str:
                 "with `hf auth login` or set HF_TOKEN"
             )
         if isinstance(found, RevisionNotFoundError):
-            return f"{address.repo_id} has no revision {address.revision!r}"
+            return f"{address.repo_id} has no revision {address.revision or constants.DEFAULT_REVISION!r}"
         if _is_missing(found):
             return f"{address.repo_id} has no such file at that revision: it does not hold this checkpoint, or not all of it"
         if isinstance(found, OfflineModeIsEnabled) or constants.HF_HUB_OFFLINE:
@@ -213,7 +213,7 @@ def _reason(error: BaseException, address: Address) -> str:
         if isinstance(found, HfHubHTTPError):
             return _refused(found, address)
         if isinstance(found, OSError) and found.errno in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
-            return f"the disk takes no more ({os.strerror(found.errno)}); what was in the cache before still is. Make room, try again"
+            return f"the disk takes no more ({os.strerror(found.errno)}); what was there before still is: make room, try again"
     if isinstance(error, HFValidationError):
         return _line(error)
     if isinstance(error, LocalEntryNotFoundError) and len(chain) == 1:
@@ -225,12 +225,14 @@ def _reason(error: BaseException, address: Address) -> str:
 
 def _refused(error: HfHubHTTPError, address: Address) -> str:
     status = error.response.status_code
-    if status in (401, 403):
-        return f"this account may not do that to {address.repo_id} (HTTP {status}): its token (`hf auth login`, HF_TOKEN) needs the right to"
+    if status == 401:
+        return "nobody is logged in, or with a token that is not valid (HTTP 401): use `hf auth login`, or set HF_TOKEN"
+    if status == 403:
+        return f"this account's token gives no right to do that to {address.repo_id} (HTTP 403)"
     if status == 429:
-        return f"{constants.ENDPOINT} asks to slow down (HTTP 429), and still did after several tries: try again later"
+        return f"{constants.ENDPOINT} goes on asking to slow down (HTTP 429): try again later"
     if status >= 500:
-        return f"{constants.ENDPOINT} fails (HTTP {status}), and still did when asked again: try again later"
+        return f"{constants.ENDPOINT} fails (HTTP {status}): try again later"
     return f"{constants.ENDPOINT} refuses it (HTTP {status}: {_line(error)})"
 
 

@@ -11,7 +11,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi
+from huggingface_hub import CommitOperationAdd, HfApi
 from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 from huggingface_hub.utils.sha import git_hash
 
@@ -109,7 +109,7 @@ def publish(
             api.create_repo(address.repo_id, private=private, exist_ok=True)
         if address.revision not in (None, MAIN):
             api.create_branch(address.repo_id, branch=address.revision, exist_ok=True)
-    return Publication(address, uploads, _send(api, address, uploads, folder).oid)
+    return Publication(address, uploads, _send(api, address, uploads, folder))
 
 
 def _destination(folder: Path, repo_id: str | None, revision: str | None) -> Address:
@@ -189,7 +189,9 @@ def _compared(api: HfApi, address: Address, uploads: tuple[Upload, ...]) -> tupl
     paths = [upload.path for upload in uploads]
     with explained(f"looking for what {address} has", address):
         try:
-            there = {found.path: found for found in api.get_paths_info(address.repo_id, paths, revision=address.revision)}
+            there = {
+                found.path: found for found in api.get_paths_info(address.repo_id, paths, revision=address.revision)
+            }
         except RevisionNotFoundError:
             return True, uploads
         except RepositoryNotFoundError:
@@ -211,8 +213,8 @@ def _same(upload: Upload, found) -> bool:
     return found.blob_id == git_hash(content)
 
 
-def _send(api: HfApi, address: Address, uploads: tuple[Upload, ...], folder: Path) -> CommitInfo:
-    """Send what is not there, file by file, and commit all of it at once."""
+def _send(api: HfApi, address: Address, uploads: tuple[Upload, ...], folder: Path) -> str:
+    """Send what is not there, file by file, and commit all of it at once; returns the commit's id."""
     wanted = [upload for upload in uploads if not upload.present]
     additions = [
         CommitOperationAdd(upload.path, upload.source if isinstance(upload.source, bytes) else str(upload.source))
@@ -225,9 +227,7 @@ def _send(api: HfApi, address: Address, uploads: tuple[Upload, ...], folder: Pat
         if addition.upload_info.sha256.hex() != upload.sha256:
             raise HubError(f"{upload.source} has changed while it was sent; nothing was published: try again")
     with explained(f"committing {folder} to {address}", address):
-        return api.create_commit(
-            address.repo_id,
-            additions,
-            commit_message=f"{folder.name}, with pizoo {__version__}",
-            revision=address.revision,
-        )
+        if not wanted:
+            return api.model_info(address.repo_id, revision=address.revision).sha
+        message = f"{folder.name}, with pizoo {__version__}"
+        return api.create_commit(address.repo_id, additions, commit_message=message, revision=address.revision).oid

@@ -89,7 +89,11 @@ def folder_of(entry: str | os.PathLike) -> Path:
 
 
 def locate(
-    entry: str | os.PathLike, revision: str | None = None, weights: bool = True, epoch: int | None = None, **fetching: Any
+    entry: str | os.PathLike,
+    revision: str | None = None,
+    weights: bool = True,
+    epoch: int | None = None,
+    **fetching: Any,
 ) -> Path:
     """The folder of an entry or checkpoint, fetched from the Hub if that is where it is; the log says which it was.
 
@@ -287,7 +291,9 @@ def hub_entrypoint(entry: str) -> Callable[..., nn.Module]:
     told = [
         f"{recipe['description']}: inputs [B, {', '.join(map(str, data['input_size']))}], {data['classes']} classes.",
         *([f"Published accuracy: {published['accuracy']:.2f} % ({published['source']})."] if published else []),
-        "With weights in this clone." if has_weights(entry) else f"No weights in this clone: see `pizoo train {entry}`.",
+        "With weights in this clone."
+        if has_weights(entry)
+        else f"No weights in this clone: see `pizoo train {entry}`.",
         "",
         "pretrained: with trained weights, else freshly initialised: that needs no files and no network",
         "device, dtype: as for pizoo.load",

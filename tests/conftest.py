@@ -2,11 +2,12 @@
 
 import sys
 
-import loopback_hub  # isort: skip (before anything imports huggingface_hub: no test talks to the real one)
+import loopback_hub  # isort: skip (before anything imports huggingface_hub: no test talks to the real Hub)
+
 import pytest
 import torch
-
 from hub_faults import Scene
+
 from pizoo import cli
 
 # The nets here are tiny: threads cost more in waiting for each other than they save, most of all on cores that others use.

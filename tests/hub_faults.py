@@ -90,9 +90,11 @@ class Scene:
         self.hub.commit(REPO, "main", files)
 
     def damaged_blobs(self) -> list[str]:
-        """Files of the cache that are not what they are called, or not whole."""
+        """Files of the cache that are not what they are called; those called incomplete are none that anybody loads."""
         found = []
         for path in self.cache.glob("models--*/blobs/*"):
+            if path.suffix == ".incomplete":
+                continue
             content = path.read_bytes()
             git = hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
             if path.name not in (git, hashlib.sha256(content).hexdigest()):
@@ -102,7 +104,7 @@ class Scene:
 
 def make_training(folder: Path, epochs: int, rows: int, r: int, d_in: int = 64, classes: int = 10) -> None:
     """A training checkpoint with random rows: ``rows`` more in each growing layer an epoch."""
-    generator = torch.Generator().manual_seed(0)
+    torch.manual_seed(0)
     net = InfPiMLP(d_in, classes, r, rows_dtype=torch.float16)
     layers = checkpoint.growing_layers(net)
     for layer in layers.values():
@@ -110,8 +112,8 @@ def make_training(folder: Path, epochs: int, rows: int, r: int, d_in: int = 64, 
     checkpoint.start_training(folder, net, {"architecture": None, "num_classes": classes})
     for epoch in range(1, epochs + 1):
         for layer in layers.values():
-            A = torch.randn(rows, layer.A.shape[1], generator=generator)
-            B = torch.nn.functional.normalize(torch.randn(rows, r, generator=generator))
+            A = torch.randn(rows, layer.A.shape[1])
+            B = torch.nn.functional.normalize(torch.randn(rows, r))
             layer.append(A, B, torch.full((rows,), 0.01))
         checkpoint.save_epoch(folder, net, {"epoch": epoch, "step": epoch}, {})
 
@@ -185,6 +187,14 @@ def _without(scene: Scene, pattern: str) -> Iterator[None]:
 
 
 @contextmanager
+def branch_missing(scene: Scene) -> Iterator[None]:
+    branches = scene.hub.repositories[REPO].branches
+    held = branches.pop("main")
+    yield
+    branches["main"] = held
+
+
+@contextmanager
 def edited_config(scene: Scene) -> Iterator[None]:
     """Somebody pushed a config.json with another hyper-parameter."""
     files = scene.hub.files(REPO)
@@ -231,33 +241,42 @@ def vanished_with_cache(scene: Scene) -> AbstractContextManager:
 @contextmanager
 def spoiled_cache(scene: Scene) -> Iterator[None]:
     cached(scene)
-    (blob,) = scene.cache.glob(f"models--*/blobs/{checkpoint.sha256(zoo.card(ENTRY) / checkpoint.MODEL)}")
+    (blob,) = scene.cache.glob(f"models--*/blobs/{WEIGHTS}")
     content = bytearray(blob.read_bytes())
     content[len(content) // 2] ^= 1
     blob.write_bytes(content)
     yield
 
 
-WEIGHTS = r"/content/[0-9a-f]+"
+WEIGHTS = checkpoint.sha256(zoo.card(ENTRY) / checkpoint.MODEL)
+GET, PUT = f"GET /content/{WEIGHTS}", f"PUT /upload/{WEIGHTS}"
 FAULTS = [
-    Fault("loading: HTTP 429 once, with Retry-After", "load", once(f"GET {WEIGHTS}", 429, **{"Retry-After": "0"}), None),
-    Fault("loading: HTTP 429 without end", "load", always("HEAD .*resolve", 429), "asks to slow down .HTTP 429."),
+    Fault("loading: HTTP 429 once, with Retry-After", "load", once(GET, 429, **{"Retry-After": "0"}), None),
+    Fault(
+        "loading: HTTP 429 without end", "load", always("HEAD .*resolve", 429), "goes on asking to slow down .HTTP 429."
+    ),
     Fault("loading: HTTP 500 once", "load", once("HEAD .*resolve", 500), None),
     Fault("loading: HTTP 500 without end", "load", always("HEAD .*resolve", 500), "fails .HTTP 500.*try again later"),
-    Fault("loading: connection cut in the middle of the weights", "load", once(f"GET {WEIGHTS}", "cut"), None),
-    Fault("loading: connection cut again and again", "load", always(f"GET {WEIGHTS}", 503), "HTTP 503"),
+    Fault("loading: connection cut in the middle of the weights", "load", once(GET, "cut"), None),
+    Fault("loading: connection cut again and again", "load", always(GET, "cut"), "broke off .*try again"),
     Fault(
         "loading: a byte of the weights is wrong",
         "load",
-        once(f"GET {WEIGHTS}", "damage"),
+        once(GET, "damage"),
         r"model\.safetensors has SHA-256 .*recorded was.*taken out of the cache",
     ),
-    Fault("loading: a byte of the weights went wrong in the cache", "load", spoiled_cache, "SHA-256 .*taken out of the cache"),
+    Fault(
+        "loading: a byte of the weights went wrong in the cache",
+        "load",
+        spoiled_cache,
+        "SHA-256 .*taken out of the cache",
+    ),
     Fault("loading: config.json was edited", "load", edited_config, "not those it was written with"),
     Fault("loading: no such repository", "load", vanished, "shows no repository me/digits-infpi .*HF_TOKEN"),
     Fault("loading: no such repository any more, but in the cache", "load", vanished_with_cache, None),
     Fault("loading: the repository vanishes between config and weights", "load", vanishing, "shows no repository"),
     Fault("loading: a private repository, without a token", "load", private, "if it is private, log in"),
+    Fault("loading: a branch that does not exist", "load", branch_missing, "has no revision 'main'"),
     Fault("loading: the repository has no weights", "load", file_missing, r"model\.safetensors .*no such file"),
     Fault(
         "loading: a segment of a training is missing",
@@ -269,12 +288,14 @@ FAULTS = [
     Fault("loading: offline, not in the cache", "load", Scene.offline, "not in the cache, and HF_HUB_OFFLINE is set"),
     Fault("loading: offline, in the cache", "load", offline_with_cache, None),
     Fault("loading: the disk takes no more", "load", full_disk, "the disk takes no more"),
-    Fault("publishing: HTTP 429 once, with Retry-After", "publish", once("PUT", 429, **{"Retry-After": "0"}), None),
-    Fault("publishing: HTTP 500 once", "publish", once("PUT", 500), None),
-    Fault("publishing: HTTP 500 without end", "publish", always("PUT", 500), "sending .* fails .HTTP 500"),
-    Fault("publishing: connection cut in the middle of the weights", "publish", once("PUT", "cut"), None),
-    Fault("publishing: connection cut again and again", "publish", always("PUT", "cut"), "broke off .*try again"),
-    Fault("publishing: a byte of the weights arrives wrong", "publish", once("PUT", "damage"), "HTTP 400.*another SHA-256"),
+    Fault("publishing: HTTP 429 once, with Retry-After", "publish", once(PUT, 429, **{"Retry-After": "0"}), None),
+    Fault("publishing: HTTP 500 once", "publish", once(PUT, 500), None),
+    Fault("publishing: HTTP 500 without end", "publish", always(PUT, 500), "sending .* fails .HTTP 500"),
+    Fault("publishing: connection cut in the middle of the weights", "publish", once(PUT, "cut"), None),
+    Fault("publishing: connection cut again and again", "publish", always(PUT, "cut"), "broke off .*try again"),
+    Fault(
+        "publishing: a byte of the weights arrives wrong", "publish", once(PUT, "damage"), "HTTP 400.*another SHA-256"
+    ),
     Fault("publishing: the commit fails", "publish", once("POST .*/commit/", 500), "committing .*HTTP 500"),
     Fault(
         "publishing: the repository vanishes before the commit",
@@ -282,8 +303,15 @@ FAULTS = [
         once("POST .*/commit/", vanish),
         "committing .*shows no repository",
     ),
-    Fault("publishing: nobody is logged in", "publish", lambda scene: scene.stranger(), "log in|may not do that"),
-    Fault("publishing: a token that is not valid", "publish", lambda scene: scene.stranger("hf_no"), "may not do that|log in"),
+    Fault(
+        "publishing: nobody is logged in", "publish", lambda scene: scene.stranger(), "nobody is logged in, .*HF_TOKEN"
+    ),
+    Fault(
+        "publishing: a token that is not valid",
+        "publish",
+        lambda scene: scene.stranger("hf_no"),
+        "a token that is not valid",
+    ),
 ]
 
 
@@ -320,10 +348,12 @@ def undergo(fault: Fault, scene: Scene) -> Outcome:
                 lost.append("it loaded another net")
 
     with fault.begin(scene):
+        planned = {planned.pattern for planned in scene.hub.faults}
         said = _message_of(work)
         if said and fault.direction == "publish":
             held = scene.hub.repositories.get(REPO)
             lost += [f"{name} is visible" for name in (scene.hub.files(REPO) if held else ())]
+    lost += [f"{pattern} was never asked for: nothing went wrong" for pattern in planned - scene.hub.struck]
     scene.hub.faults.clear()
     lost += [f"{name} in the cache is damaged" for name in scene.damaged_blobs()]
     if again := _message_of(work):

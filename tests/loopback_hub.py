@@ -4,7 +4,7 @@ Import it before anything imports huggingface_hub, which reads its environment o
 talks to this address and to no other. The protocol is the one of plain HTTP with LFS, basic and multipart; transfers of Xet are
 switched off, and not covered.
 
-Large files are redirected to another host name, as the Hub's go to its content network: the client must not take its token there.
+Large files are redirected to another host name, as the Hub's go to its content network: the token must not travel there.
 As a command (``python loopback_hub.py FOLDER``) it prints its address and serves until its input ends.
 """
 
@@ -19,7 +19,7 @@ import socket
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -61,8 +61,9 @@ class LoopbackHub:
 
     Attributes:
         requests: ``METHOD path`` of every request so far.
-        sent: SHA-256 -> how many times that content arrived in full.
+        sent: SHA-256 -> how many times that content arrived in full, as a large file.
         authorized: paths of the content network that were asked for with a token.
+        struck: patterns of the faults that have happened.
     """
 
     def __init__(self, folder: Path, listening: socket.socket | None = None, part_bytes: int = 1 << 30):
@@ -93,6 +94,7 @@ class LoopbackHub:
         self.requests: list[str] = []
         self.sent: dict[str, int] = {}
         self.authorized: list[str] = []
+        self.struck: set[str] = set()
 
     def fail(self, pattern: str, what, times: int = 1, **headers: str) -> None:
         """Have requests fail; see :class:`Fault`. ``times`` may be larger than the client is patient."""
@@ -112,6 +114,7 @@ class LoopbackHub:
             for fault in self.faults:
                 if fault.times and re.search(fault.pattern, request):
                     fault.times -= 1
+                    self.struck.add(fault.pattern)
                     return fault
         return None
 
@@ -184,10 +187,8 @@ class _Handler(BaseHTTPRequestHandler):
             self._reply(refused.status, json.dumps({"error": refused.message}).encode(), headers)
         except (_Cut, ConnectionError):
             self.close_connection = True
-            try:
+            with suppress(OSError):  # the client was faster
                 self.connection.shutdown(socket.SHUT_RDWR)
-            except OSError:
-                pass  # the client was faster
 
     do_HEAD = do_POST = do_PUT = do_GET
 

@@ -48,7 +48,9 @@ class Pretrained(PyTorchModelHubMixin):
             name = hub.PREFIX + name
         model = zoo.load(name, device=device, dtype=dtype, revision=revision, epoch=epoch, **fetching)
         if not isinstance(model, cls):
-            raise TypeError(f"{name} holds a {type(model).__name__}; {cls.__name__}.from_pretrained loads no other class")
+            raise TypeError(
+                f"{name} holds a {type(model).__name__}; {cls.__name__}.from_pretrained loads no other class"
+            )
         return model
 
     def _save_pretrained(self, save_directory: Path) -> None:
