@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import loopback_hub  # isort: skip (before anything imports huggingface_hub)
+
 import hashlib
 import os
 import re
@@ -17,7 +19,6 @@ from unittest.mock import patch
 import torch
 from huggingface_hub import constants
 from huggingface_hub.utils import disable_progress_bars
-from loopback_hub import TOKEN, LoopbackHub
 
 import pizoo
 from pizoo import checkpoint, zoo
@@ -33,7 +34,7 @@ LONGEST_WAIT = 0.005  # seconds; the client's own between tries are of seconds
 class Scene:
     """A user of an empty loopback Hub: logged in, with an empty cache and no patience between tries."""
 
-    def __init__(self, hub: LoopbackHub, folder: Path):
+    def __init__(self, hub: loopback_hub.LoopbackHub, folder: Path):
         self.hub, self.folder = hub, folder
         self.cache = folder / "cache"
 
@@ -45,7 +46,7 @@ class Scene:
         self.patches = ExitStack()
         self.patches.enter_context(patch.object(time, "sleep", lambda seconds: sleep(min(seconds, LONGEST_WAIT))))
         self.patches.enter_context(patch.object(constants, "HF_HUB_CACHE", str(self.cache)))
-        self.patches.enter_context(patch.dict(os.environ, {"HF_TOKEN": TOKEN}))
+        self.patches.enter_context(patch.dict(os.environ, {"HF_TOKEN": loopback_hub.TOKEN}))
         self.patches.enter_context(patch.dict(os.environ))
         os.environ.pop("PIZOO_HUB", None)
         return self
@@ -151,7 +152,7 @@ def always(pattern: str, what, **headers: str) -> Callable[[Scene], AbstractCont
     return lambda scene: scene.hub.failing(pattern, what, **headers)
 
 
-def vanish(hub: LoopbackHub) -> None:
+def vanish(hub: loopback_hub.LoopbackHub) -> None:
     hub.repositories.pop(REPO, None)
 
 
