@@ -43,7 +43,7 @@ from pizoo.memory import HEADROOM, NotEnoughMemory, free_memory, is_out_of_memor
 from pizoo.models.base import check_state, persistent_tensors
 from pizoo.rows import Rows, check_place
 
-FORMAT = 1
+FORMAT = 1  # raised when an older pizoo would misread what is written now; every format from 1 on stays readable
 PROBE_INPUTS = 32
 CONFIG, MANIFEST, MODEL, PROBE, RESULTS, CORRECT = (
     "config.json",

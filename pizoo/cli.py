@@ -1,4 +1,5 @@
-"""The command line: ``pizoo list | train | evaluate | predict | verify | reproduce | card | publish | data``."""
+"""The command line: ``pizoo list | train | evaluate | predict | verify | reproduce | card | overview | publish |
+data``."""
 
 from __future__ import annotations
 
@@ -351,6 +352,18 @@ def card(
         if (cards / entry / TUNED).is_dir():
             refresh(cards / entry / TUNED, load_recipe(entry))
         out.print(f"{entry}: card in {cards / entry}", soft_wrap=True)
+
+
+@app.command()
+def overview(
+    cards: Annotated[Path, typer.Option(help="Folder of the cards.")] = Path("model_cards"),
+    readme: Annotated[Path, typer.Option(help="Where the table is to stand, too.")] = Path("README.md"),
+) -> None:
+    """Write the table of the whole zoo again, after cards have changed: into the folder of the cards and the README."""
+    from pizoo.overview import write_overview
+
+    for path in write_overview(cards, readme):
+        out.print(f"wrote {path}")
 
 
 @app.command()

@@ -1,0 +1,95 @@
+"""The whole zoo in a table: what each entry scores, what the paper says, how large it is and what it took."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from pizoo import checkpoint
+from pizoo.cards import DATASETS, duration
+from pizoo.checkpoint import CheckpointError, write_atomically
+
+BEGIN = "<!-- entries: written by `pizoo overview` -->"
+END = "<!-- end of entries -->"
+COLUMNS = ("entry", "timm name", "data", "published", "measured", "weights", "a training")
+PAGE = "README.md"
+INTRODUCTION = """\
+# The zoo
+
+What an entry's folder here holds is what its repository on the Hugging Face Hub would: its card, its recipe and what builds it
+(`config.json`), its weights and a probe of them, every number recorded and which test images were right.
+"""
+LEGEND = """\
+Accuracies in percent; measured: the mean over seeds ± its standard error, tuned: with settings chosen on held-out training
+images; weights: what loading reads; a training: mean wall time of one, evaluation and saving included, and where it ran."""
+
+
+def write_overview(cards: Path, readme: Path) -> list[Path]:
+    """Write the page of the zoo into the folder of the cards, and its table between the marks in ``readme``.
+
+    Returns:
+        the files written.
+
+    Raises:
+        CheckpointError: a card that is damaged; a ``readme`` without the marks.
+    """
+    page, text = overview(cards), with_table(readme.read_text(), cards, f"{cards.name}/")
+    written = {cards / PAGE: page, readme: text}
+    for path, content in written.items():
+        write_atomically(path, lambda temporary, content=content: temporary.write_text(content))
+    return list(written)
+
+
+def overview(cards: Path) -> str:
+    """The page of the whole zoo."""
+    return f"{INTRODUCTION}\n{table(cards)}\n\n{LEGEND}\n"
+
+
+def with_table(text: str, cards: Path, links: str) -> str:
+    """``text`` with the table of the zoo between its marks; ``links``: what leads from there to the cards."""
+    before, begin, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not (begin and end):
+        raise CheckpointError(f"the text has no place for the table: it must hold the lines {BEGIN} and {END}")
+    return f"{before}{BEGIN}\n\n{table(cards, links)}\n\n{LEGEND}\n\n{END}{after}"
+
+
+def table(cards: Path, links: str = "") -> str:
+    """All entries as a table of Markdown."""
+    rows = [COLUMNS, ("---",) * len(COLUMNS)]
+    rows += [tuple(_cells(config.parent, links)) for config in sorted(cards.glob(f"*/{checkpoint.CONFIG}"))]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def _cells(card: Path, links: str) -> Iterator[str]:
+    config = checkpoint.read_config(card)
+    recipe, path = config["recipe"], card / checkpoint.RESULTS
+    results = checkpoint.read_json(path) if path.exists() else {}
+    yield f"[`{card.name}`]({links}{card.name}/{PAGE})"
+    yield f"`{config['architecture']}.{config['pretrained_cfg']['tag']}`" if config["architecture"] else "–"
+    yield _data(recipe)
+    yield f"{recipe['published']['accuracy']:.2f}" if recipe["published"] else "–"
+    yield _measured(results) if results else "–"
+    weights = card / checkpoint.MODEL
+    yield _size(weights.stat().st_size) if weights.exists() else "–"
+    yield (
+        f"{duration(results['total_wall_seconds'] / len(results['seeds']))}, {results['hardware']}" if results else "–"
+    )
+
+
+def _size(size: int) -> str:
+    return f"{size / 1e6:.1f} MB" if size >= 1e6 else f"{max(1, round(size / 1e3))} kB"
+
+
+def _data(recipe: dict[str, Any]) -> str:
+    name = DATASETS.get(recipe["data"]["name"], recipe["data"]["name"])
+    if not recipe.get("tasks"):
+        return name
+    return f"{name}, {', '.join(recipe['tasks']['headline'].split('_'))} classes"
+
+
+def _measured(results: dict[str, Any]) -> str:
+    error = "" if results["standard_error"] is None else f" ± {results['standard_error']:.2f}"
+    tuned = f"; tuned {results['tuned']['accuracy']:.2f}" if "tuned" in results else ""
+    return f"{results['mean_accuracy']:.2f}{error}{tuned}"

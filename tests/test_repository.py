@@ -1,0 +1,81 @@
+"""The repository: what is generated is up to date, what is versioned agrees, and a clone stays small."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+import yaml
+
+import pizoo
+from pizoo import checkpoint, overview, zoo
+
+REPOSITORY = Path(__file__).parent.parent
+CARDS = REPOSITORY / "model_cards"
+LARGEST_CLONE = 250 * 1000**2
+
+
+def git(*arguments: str) -> str:
+    done = subprocess.run(["git", *arguments], cwd=REPOSITORY, capture_output=True, text=True)
+    if done.returncode:
+        pytest.skip(f"not a git clone, or an old git: {done.stderr.strip()}")
+    return done.stdout
+
+
+def test_the_table_of_the_zoo_says_what_the_cards_record():
+    """Out of date? ``pizoo overview`` writes it."""
+    assert (CARDS / overview.PAGE).read_text() == overview.overview(CARDS)
+    readme = (REPOSITORY / "README.md").read_text()
+    assert readme == overview.with_table(readme, CARDS, "model_cards/")
+
+
+def test_the_table_has_a_row_for_every_entry_with_its_recorded_mean_and_links_that_lead_somewhere():
+    rows = [row.split(" | ") for row in overview.table(CARDS, "model_cards/").splitlines()[2:]]
+    assert [re.search(r"`(\w+)`", row[0])[1] for row in rows] == zoo.list_entries()
+    for entry, row in zip(zoo.list_entries(), rows, strict=True):
+        assert (REPOSITORY / re.search(r"\]\((.+)\)", row[0])[1]).is_file()
+        if zoo.has_weights(entry):
+            assert f"{checkpoint.read_json(zoo.card(entry) / checkpoint.RESULTS)['mean_accuracy']:.2f}" in row[4]
+
+
+def test_a_text_without_a_place_for_the_table_is_refused(tmp_path):
+    (tmp_path / "README.md").write_text("# Nothing\n")
+    with pytest.raises(checkpoint.CheckpointError, match="has no place for the table"):
+        overview.write_overview(CARDS, tmp_path / "README.md")
+
+
+def test_links_of_the_readme_lead_to_files_that_exist():
+    for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md"):
+        for link in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", (REPOSITORY / name).read_text()):
+            assert (REPOSITORY / link).exists(), f"{name}: {link}"
+
+
+def test_citation_and_changes_are_of_this_version():
+    citation = yaml.safe_load((REPOSITORY / "CITATION.cff").read_text())
+    assert citation["version"] == pizoo.__version__ and citation["cff-version"] == "1.2.0"
+    assert f"## {pizoo.__version__}" in (REPOSITORY / "CHANGELOG.md").read_text()
+    assert f'version = "{pizoo.__version__}"' in (REPOSITORY / "pyproject.toml").read_text()
+
+
+def test_a_clone_stays_small():
+    """What is checked out, and every object that leads to it."""
+    checked_out = sum((REPOSITORY / path).stat().st_size for path in git("ls-files", "-z").split("\0") if path)
+    objects = int(git("rev-list", "--objects", "--disk-usage", "HEAD"))
+    assert checked_out + objects < LARGEST_CLONE
+
+
+def test_git_leaves_what_has_a_recorded_sha256_as_it_is():
+    for path in (
+        "model_cards/digits_mu/model.safetensors",
+        "model_cards/digits_mu/config.json",
+        "pizoo/assets/digits.npz",
+    ):
+        assert git("check-attr", "text", path).strip().endswith("text: unset")
+
+
+def test_no_file_of_the_clone_is_a_git_lfs_pointer():
+    for path in git("ls-files", "-z").split("\0"):
+        if path:
+            assert not (REPOSITORY / path).read_bytes().startswith(b"version https://git-lfs"), path
