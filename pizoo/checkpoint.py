@@ -312,6 +312,7 @@ def read_config(folder: Path) -> dict[str, Any]:
             f"{path}: its class, hparams, rows_dtype or recipe.data are not those it was written with: it is damaged, or "
             "was changed by hand"
         )
+    _beside(path, found["files"])
     return config
 
 
@@ -620,11 +621,18 @@ def training_files(folder: Path) -> dict[str, str]:
 
 def _named(folder: Path, entries: list[dict[str, Any]]) -> dict[str, str]:
     try:
-        files = {entry["file"]: entry["sha256"] for entry in entries}
+        return _beside(folder / MANIFEST, {entry["file"]: entry["sha256"] for entry in entries})
     except (KeyError, TypeError) as error:
         raise CheckpointError(f"{folder / MANIFEST} lacks something ({error!r}): it is damaged") from None
-    if astray := [file for file in files if not isinstance(file, str) or Path(file).name != file]:
-        raise CheckpointError(f"{folder / MANIFEST} names {astray[0]!r}, which is no file beside it")
+
+
+def _beside(path: Path, files: Any) -> dict[str, str]:
+    """The names of files and their SHA-256 that ``path`` holds; CheckpointError unless they are those of files beside it."""
+    if not isinstance(files, dict):
+        raise CheckpointError(f"{path} does not name its files with their SHA-256: it is damaged")
+    for name in files:
+        if not isinstance(name, str) or Path(name).name != name:
+            raise CheckpointError(f"{path} names {name!r}, which is no file beside it")
     return files
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import errno
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -32,11 +32,16 @@ PREFIX = "hf-hub:"  # timm's word
 NAMESPACE = "PIZOO_HUB"  # environment variable: whose repositories hold the zoo's entries
 FULL = "full"  # in an entry's repository: the folder of the training that the shipped net is made of
 ADDRESS = re.compile(r"(?P<repo_id>[^/@]+/[^/@]+)(?:/(?P<folder>[^@]+))?(?:@(?P<revision>.+))?")
+OPTIONS = ("token", "cache_dir", "force_download", "local_files_only")  # of the client's hf_hub_download
 WORDS = "OWNER/NAME, OWNER/NAME/FOLDER or OWNER/NAME@REVISION"
 
 
 class HubError(CheckpointError):
     """What could not be fetched from the Hub or published there; the message says what to do about it."""
+
+
+class MissingFileError(HubError):
+    """A repository without a file that its checkpoint needs."""
 
 
 class Address(NamedTuple):
@@ -60,7 +65,7 @@ class Address(NamedTuple):
             ValueError: another form, or two revisions.
         """
         found = ADDRESS.fullmatch(name.removeprefix(PREFIX))
-        if found is None:
+        if found is None or not {"", ".", ".."}.isdisjoint((found["folder"] or "full").split("/")):
             raise ValueError(f"{name!r} does not name a repository of the Hub; it must be {WORDS}")
         if revision is not None and found["revision"] is not None:
             raise ValueError(f"revision is {revision!r}, and {name!r} has a revision already")
@@ -95,7 +100,7 @@ def fetch(
         epoch: of a training; None: the one its training chose, else the last. Of an entry's repository that holds the
             training too (:data:`FULL`), an epoch of that.
         records: also what the checkpoint recorded about itself, as far as there is any: for :func:`pizoo.verify`.
-        options: of ``huggingface_hub.hf_hub_download``: ``token``, ``cache_dir``, ``force_download``, ``local_files_only``.
+        options: :data:`OPTIONS`, as ``huggingface_hub.hf_hub_download`` takes them.
 
     Returns:
         the checkpoint's folder in the cache, all of one commit.
@@ -103,7 +108,10 @@ def fetch(
     Raises:
         HubError: no such repository, revision or file, not allowed, not reachable and not in the cache, damaged on the way.
             A damaged file is taken out of the cache, so that another try fetches it again.
+        CheckpointError: no such epoch.
+        TypeError: other options.
     """
+    check_options(options)
     folder = _download(address, checkpoint.CONFIG, **options).parent
     # Whatever is pushed meanwhile, the files of one fetch are of one commit, and cached ones need no connection.
     pinned = address._replace(revision=_commit(folder, address))
@@ -116,21 +124,34 @@ def fetch(
     if checkpoint.MODEL not in files:
         manifest = _download(pinned, checkpoint.MANIFEST, **options)
         with _discarding(manifest):
-            files = checkpoint.epoch_files(folder, epoch)
+            checkpoint.read_manifest(folder)
+        files = checkpoint.epoch_files(folder, epoch)
+    if records:
+        files = files | _records(pinned, **options)
     for name, digest in files.items():
         path = _download(pinned, name, **options)
         with _discarding(path):
             checkpoint.check_file(path, digest)
-    for name in (checkpoint.RESULTS, checkpoint.CORRECT) if records else ():
-        try:
-            _download(pinned, name, **options)
-        except MissingFileError:
-            continue
     return folder
 
 
-class MissingFileError(HubError):
-    """A repository without a file that its checkpoint needs."""
+def check_options(options: Iterable[str]) -> None:
+    """Raise TypeError if there are others than :data:`OPTIONS`."""
+    if unknown := sorted(set(options) - set(OPTIONS)):
+        raise TypeError(
+            f"{', '.join(unknown)}: no such option; what is fetched from the Hub takes {', '.join(OPTIONS)}"
+        )
+
+
+def _records(address: Address, **options: Any) -> dict[str, str]:
+    """Fetch what a checkpoint recorded of itself, if it did; returns what belongs to it, with its SHA-256."""
+    try:
+        path = _download(address, checkpoint.RESULTS, **options)
+    except MissingFileError:
+        return {}
+    with _discarding(path):
+        digest = checkpoint.read_json(path).get("correct_sha256")
+    return {checkpoint.CORRECT: digest} if digest else {}
 
 
 def _download(address: Address, name: str, **options: Any) -> Path:
@@ -162,8 +183,7 @@ def _discarding(path: Path) -> Iterator[None]:
         path.resolve().unlink(missing_ok=True)
         path.unlink(missing_ok=True)
         raise HubError(
-            f"{error}. It was taken out of the cache, so that another try fetches it again; "
-            "if that ends the same, the repository holds another file than its checkpoint recorded"
+            f"{error} (taken out of the cache: another try fetches it again; if that ends the same, the Hub has it like this)"
         ) from None
 
 
@@ -179,7 +199,7 @@ def explained(what: str, address: Address) -> Iterator[None]:
     """
     try:
         yield
-    except (CheckpointError, KeyboardInterrupt):
+    except CheckpointError:
         raise
     # All of them: the client lets those of its HTTP library through, which is another one in each of its versions.
     except Exception as error:
@@ -193,34 +213,45 @@ def _is_missing(error: Exception) -> bool:
 
 def _reason(error: BaseException, address: Address) -> str:
     """What went wrong, and what to do."""
-    endpoint = constants.ENDPOINT
     # The client puts what happened beneath what it was doing.
     chain = [error]
     while (cause := chain[-1].__cause__) is not None and not isinstance(chain[-1], HfHubHTTPError):
         chain.append(cause)
+    absent = "it is not in the cache, and " if isinstance(error, LocalEntryNotFoundError) else ""
     for found in chain:
-        if isinstance(found, RepositoryNotFoundError):
-            return (
-                f"{endpoint} shows no repository {address.repo_id} to this account: check the name; if it is private, log in "
-                "with `hf auth login` or set HF_TOKEN"
-            )
-        if isinstance(found, RevisionNotFoundError):
-            return f"{address.repo_id} has no revision {address.revision or constants.DEFAULT_REVISION!r}"
-        if _is_missing(found):
-            return f"{address.repo_id} has no such file at that revision: it does not hold this checkpoint, or not all of it"
-        if isinstance(found, OfflineModeIsEnabled) or constants.HF_HUB_OFFLINE:
-            return "it is not in the cache, and HF_HUB_OFFLINE is set: nothing is fetched"
-        if isinstance(found, HfHubHTTPError):
-            return _refused(found, address)
-        if isinstance(found, OSError) and found.errno in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
-            return f"the disk takes no more ({os.strerror(found.errno)}); what was there before still is: make room, try again"
+        if known := _known(found, address):
+            return absent + known
+    if absent and len(chain) == 1:
+        return f"{absent}nothing but the cache was to be used (local_files_only)"
+    if absent or type(chain[0]).__name__ in ("ConnectError", "ConnectTimeout"):  # in httpx, and in httpx2
+        return f"{absent}{constants.ENDPOINT} cannot be reached ({_line(chain[-1])})"
+    return f"the transfer broke off ({_line(chain[-1])}); try again: what has arrived is not sent twice"
+
+
+def _known(error: BaseException, address: Address) -> str | None:
+    """In words, an error that says itself what went wrong."""
+    if isinstance(error, RepositoryNotFoundError):
+        return (
+            f"{constants.ENDPOINT} shows no repository {address.repo_id} to this account: check the name; if it is private, "
+            "log in with `hf auth login` or set HF_TOKEN"
+        )
+    if isinstance(error, RevisionNotFoundError):
+        return f"{address.repo_id} has no revision {address.revision or constants.DEFAULT_REVISION!r}"
+    if _is_missing(error):
+        return (
+            f"{address.repo_id} has no such file at that revision: it does not hold this checkpoint, or not all of it"
+        )
+    if isinstance(error, OfflineModeIsEnabled):
+        return "HF_HUB_OFFLINE is set: the Hub is not asked"
+    if isinstance(error, HfHubHTTPError):
+        return _refused(error, address)
     if isinstance(error, HFValidationError):
         return _line(error)
-    if isinstance(error, LocalEntryNotFoundError) and len(chain) == 1:
-        return "it is not in the cache, and nothing but the cache was to be used (local_files_only)"
-    if isinstance(error, LocalEntryNotFoundError):
-        return f"it is not in the cache, and {endpoint} cannot be reached ({_line(chain[-1])})"
-    return f"the transfer broke off ({_line(chain[-1])}); try again: what has arrived is not sent twice"
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
+        return (
+            f"the disk takes no more ({os.strerror(error.errno)}); what was there before still is: make room, try again"
+        )
+    return None
 
 
 def _refused(error: HfHubHTTPError, address: Address) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -82,7 +83,7 @@ def publish(
         entry: a name of the zoo, with its card; or the folder of a checkpoint, finished or in training (with every epoch).
         repo_id: ``OWNER/NAME``; None: the entry's own in the namespace ``$PIZOO_HUB``.
         full: folder of a training: published too, in the repository's folder ``full``, with every epoch it keeps.
-        dry_run: only find out what would be sent.
+        dry_run: only find out what would be sent; where the Hub cannot be asked, all of it, with a warning.
         private: of a repository that is made now; None: as the account has it.
         revision: branch to publish to, made if it is not there; None: ``main``.
         token: None: the one that is set, or logged in with.
@@ -101,7 +102,12 @@ def publish(
     address = _destination(folder, repo_id, revision)
     uploads = _contents(folder, address, full)
     api = HfApi(token=token, library_name="pizoo", library_version=__version__)
-    exists, uploads = _compared(api, address, uploads)
+    try:
+        exists, uploads = _compared(api, address, uploads)
+    except HubError as error:
+        if not dry_run:
+            raise
+        warnings.warn(f"what is there already is not known: {error}", RuntimeWarning, stacklevel=2)
     if dry_run:
         return Publication(address, uploads, None)
     with explained(f"publishing {folder} as {address}", address):

@@ -93,6 +93,7 @@ def locate(
     revision: str | None = None,
     weights: bool = True,
     epoch: int | None = None,
+    records: bool = False,
     **fetching: Any,
 ) -> Path:
     """The folder of an entry or checkpoint, fetched from the Hub if that is where it is; the log says which it was.
@@ -101,26 +102,29 @@ def locate(
         entry: what :func:`load` takes.
         revision: on the Hub.
         weights: False: its ``config.json`` is enough.
-        epoch: of a training checkpoint on the Hub, which to fetch.
-        fetching: further arguments of :func:`pizoo.hub.fetch`.
+        epoch, records: of what is on the Hub, what to fetch (:func:`pizoo.hub.fetch`).
+        fetching: and how: :data:`pizoo.hub.OPTIONS`.
 
     Raises:
         UnknownEntryError: neither an entry nor a folder.
         HubError: the Hub does not give it.
         ValueError: a revision of what is not on the Hub.
+        TypeError: other options.
     """
+    hub.check_options(fetching)
     if hub.is_address(entry):
         address = hub.Address.parse(entry, revision)
     else:
         folder = folder_of(entry)
-        address = hub.default_address(_entry_of(folder)) if _entry_of(folder) else None
+        card_of = _entry_of(folder)
+        address = hub.default_address(card_of) if card_of else None
         if revision is not None and address is None:
             raise ValueError(f"revision is {revision!r}; {entry} is a folder on this machine, which has no revisions")
         if revision is None and (address is None or not weights or (folder / checkpoint.MODEL).is_file()):
-            log.info("%s: %s", entry, f"its card, {folder}" if _entry_of(folder) else f"the folder {folder}")
+            log.info("%s: %s", entry, f"its card, {folder}" if card_of else f"the folder {folder}")
             return folder
         address = address._replace(revision=revision)
-    folder = hub.fetch(address, weights, epoch, **fetching)
+    folder = hub.fetch(address, weights, epoch, records, **fetching)
     log.info("%s: the Hub, %s (commit and files in %s)", entry, address, folder)
     return folder
 
@@ -162,7 +166,7 @@ def load(
         epoch: of a training checkpoint, the epoch to load; None: the one its training chose, else the last.
         rows_on: where the rows of an infinite net are kept, now and when it is moved: "device", "host" (they stream to the
             device in every pass), or "auto": on the host, with a warning, if they do not fit a GPU.
-        fetching: from the Hub, how: ``token``, ``cache_dir``, ``force_download``, ``local_files_only``.
+        fetching: of what is fetched from the Hub: ``token``, ``cache_dir``, ``force_download``, ``local_files_only``.
 
     Returns:
         the net in eval mode. ``config`` is its ``config.json``. A kernel regressor needs its training images before it

@@ -86,6 +86,8 @@ def test_a_dry_run_says_what_would_be_sent_and_sends_nothing(scene):
     planned = pizoo.publish(ENTRY, REPO, dry_run=True)
     assert planned.commit is None and not scene.hub.repositories
     assert not [request for request in scene.hub.requests if not request.endswith("/paths-info/main")]
+    with scene.offline(), pytest.warns(RuntimeWarning, match="not known: .*HF_HUB_OFFLINE is set"):
+        assert pizoo.publish(ENTRY, REPO, dry_run=True) == planned
     assert planned.uploads == pizoo.publish(ENTRY, REPO).uploads
     assert pizoo.publish(ENTRY, REPO, dry_run=True).bytes_to_send == 0
 
@@ -152,7 +154,7 @@ def test_a_training_is_published_segment_by_segment_and_any_epoch_loads_with_wha
         assert torch.equal(logits(loaded, x), logits(pizoo.load(training, epoch=epoch), x))
         held = {path.name for path in scene.cache.rglob("snapshots/*/rows-*")}
         assert len(held) == epoch + 1
-    with pytest.raises(HubError, match=rf"holds epochs 1 to {EPOCHS}; epoch=9 is not there"):
+    with pytest.raises(CheckpointError, match=rf"holds epochs 1 to {EPOCHS}; epoch=9 is not there"):
         pizoo.load(ADDRESS, epoch=9)
 
 
@@ -189,6 +191,16 @@ def test_an_entry_and_its_full_training_share_a_repository(scene, tmp_path, x):
     assert torch.equal(logits(pizoo.load(f"{ADDRESS}/full@main"), x), logits(pizoo.load(tmp_path / "run"), x))
     with pytest.raises(CheckpointError, match="a training of another net or on other data"):
         pizoo.publish("digits_mu", "me/digits-mu", full=tmp_path / "run")
+
+
+def test_a_config_that_names_files_elsewhere_is_refused(scene):
+    pizoo.publish(ENTRY, REPO)
+    files = scene.hub.files(REPO)
+    content = scene.hub.content(files["config.json"][0]).read_bytes()
+    astray = scene.hub.put(content.replace(b'"model.safetensors"', b'"../model.safetensors"'))
+    scene.hub.commit(REPO, "main", files | {"config.json": (astray, False)})
+    with pytest.raises(HubError, match=r"names '\.\./model\.safetensors', which is no file beside it"):
+        pizoo.load(ADDRESS)
 
 
 def test_a_manifest_that_names_files_elsewhere_is_refused(scene):
@@ -241,10 +253,20 @@ def test_files_of_one_load_are_of_one_commit_whatever_is_pushed_meanwhile(scene,
     assert scene.hub.files(REPO) != files and isinstance(pizoo.load(ADDRESS), MuMLP)
 
 
-@pytest.mark.parametrize("name", ["hf-hub:digits", "hf-hub:", "hf-hub:a/", "hf-hub:/b", "hf-hub:a/b@"])
+@pytest.mark.parametrize(
+    "name", ["hf-hub:digits", "hf-hub:", "hf-hub:a/", "hf-hub:/b", "hf-hub:a/b@", "hf-hub:a/b/../c", "hf-hub:a/b//c"]
+)
 def test_an_address_of_another_form_is_refused(name):
     with pytest.raises(ValueError, match="does not name a repository of the Hub; it must be OWNER/NAME"):
         pizoo.load(name)
+
+
+@pytest.mark.parametrize("entry", [ADDRESS, ENTRY])
+def test_an_argument_that_does_not_exist_is_refused_wherever_the_net_is(entry, scene):
+    with pytest.raises(TypeError, match="pretraned: no such option"):
+        pizoo.load(entry, pretraned=True)
+    with pytest.raises(TypeError, match="map_location: no such option"):
+        InfPiMLP.from_pretrained(entry, map_location="cpu")
 
 
 def test_an_address_is_written_as_it_is_read():
