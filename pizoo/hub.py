@@ -225,7 +225,7 @@ def _reason(error: BaseException, address: Address) -> str:
         return f"{absent}nothing but the cache was to be used (local_files_only)"
     if absent or type(chain[0]).__name__ in ("ConnectError", "ConnectTimeout"):  # in httpx, and in httpx2
         return f"{absent}{constants.ENDPOINT} cannot be reached ({_line(chain[-1])})"
-    return f"the transfer broke off ({_line(chain[-1])}); try again: what has arrived is not sent twice"
+    return f"the transfer broke off ({_line(chain[-1])}); try again: files that have arrived are not sent again"
 
 
 def _known(error: BaseException, address: Address) -> str | None:

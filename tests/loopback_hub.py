@@ -63,6 +63,7 @@ class LoopbackHub:
         requests: ``METHOD path`` of every request so far.
         sent: SHA-256 -> how many times that content arrived in full, as a large file.
         authorized: paths of the content network that were asked for with a token.
+        resumed: paths of which a part was asked for.
         struck: patterns of the faults that have happened.
     """
 
@@ -94,6 +95,7 @@ class LoopbackHub:
         self.requests: list[str] = []
         self.sent: dict[str, int] = {}
         self.authorized: list[str] = []
+        self.resumed: list[str] = []
         self.struck: set[str] = set()
 
     def fail(self, pattern: str, what, times: int = 1, **headers: str) -> None:
@@ -458,6 +460,7 @@ class _Handler(BaseHTTPRequestHandler):
         first, last, status = 0, size - 1, 200
         if found := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", "")):
             first, last, status = int(found[1]), int(found[2] or last), 206
+            self.server_hub.resumed.append(self.route)
             headers["Content-Range"] = f"bytes {first}-{last}/{size}"
         self.send_response(status)
         for name, value in {"Accept-Ranges": "bytes", **headers}.items():
