@@ -50,6 +50,7 @@ CONFIG, MANIFEST, MODEL, PROBE, RESULTS = (
     "results.json",
 )
 LOCK = "train.lock"
+RowBlock = tuple[Tensor, Tensor, Tensor]  # A, B, amult of some of a layer's rows, the decay factor multiplied in
 NETWORKS = {cls.__name__: cls for cls in (models.InfPiMLP, models.FinPiMLP, models.MuMLP)}
 REGRESSORS = {cls.__name__: cls for cls in (models.NNGPRegressor, models.NTKRegressor)}
 
@@ -162,6 +163,8 @@ def describe(model: nn.Module) -> dict[str, Any]:
     described = {"class": type(model).__name__, "hparams": model.hparams}
     if rows := next((module for module in model.modules() if isinstance(module, Rows)), None):
         described["rows_dtype"] = str(rows.A.dtype).removeprefix("torch.")
+    if (compacted := getattr(model, "compacted", None)) is not None:
+        described["compacted"] = compacted
     return described
 
 
@@ -209,6 +212,12 @@ def build(description: Mapping[str, Any], device=None, dtype: torch.dtype | None
         raise CheckpointError(f"the checkpoint's hyper-parameters do not fit {name}: {error}") from None
 
 
+def packed(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """``state`` with float32 tensors in float16 where that holds every number exactly: a smaller file, the same net."""
+    short = {name: tensor.half() for name, tensor in state.items() if tensor.dtype == torch.float32}
+    return {**state, **{name: tensor for name, tensor in short.items() if torch.equal(tensor.float(), state[name])}}
+
+
 def save(folder: Path, model: nn.Module, config: Mapping[str, Any], probe_x: Tensor, probe_logits: Tensor) -> None:
     """Write a shipped checkpoint: weights, probe, and ``config`` completed by what builds and checks the net.
 
@@ -220,7 +229,7 @@ def save(folder: Path, model: nn.Module, config: Mapping[str, Any], probe_x: Ten
     with tempfile.TemporaryDirectory(prefix=".saving-", dir=folder) as scratch:
         staged = Path(scratch)
         digests = {
-            MODEL: write_tensors(staged / MODEL, model.state_dict()),
+            MODEL: write_tensors(staged / MODEL, packed(model.state_dict())),
             PROBE: write_tensors(staged / PROBE, {"x": probe_x, "logits": probe_logits}),
         }
         write_json(staged / CONFIG, complete(config, model, digests))
@@ -280,18 +289,55 @@ def load(
     """
     folder = Path(folder)
     config = read_config(folder)
-    if (folder / MANIFEST).exists() and (epoch is not None or not (folder / MODEL).exists()):
+    if _in_training(folder, epoch):
         state = read_epoch(folder, epoch).model_state
-    elif epoch is not None:
-        raise CheckpointError(f"{folder} holds one net, not epochs: epoch={epoch} cannot be loaded from it")
     else:
         state = read_tensors(folder / MODEL, config["pizoo"]["files"].get(MODEL))
+    return _built(folder, config, state, device, dtype), config
+
+
+def load_streamed(
+    folder: Path, epoch: int | None = None, device=None
+) -> tuple[nn.Module, dict[str, Any], dict[str, list[RowBlock]]]:
+    """As :func:`load`, but the rows of a training checkpoint stay in their files, to be read block by block.
+
+    Returns:
+        the net, of a training checkpoint with its first rows only; its config; per growing layer all its rows.
+
+    Raises:
+        CheckpointError: as :func:`load`.
+    """
+    folder = Path(folder)
+    if not _in_training(folder, epoch):
+        model, config = load(folder, device=device)
+        return model, config, {name: [layer.block] for name, layer in growing_layers(model).items()}
+    config, found = read_config(folder), read_epoch(folder, epoch)
+    rows = {layer: found.rows(layer) for layer in found.stored}
+    first = {
+        f"{layer}.{name}": tensor
+        for layer, blocks in rows.items()
+        for name, tensor in zip(("A", "B", "amult"), blocks[0], strict=True)
+    }
+    return _built(folder, config, found.dense | first, device), config, rows
+
+
+def _in_training(folder: Path, epoch: int | None) -> bool:
+    """Whether to load from a folder's training checkpoint, not its shipped net; CheckpointError for an epoch of the latter."""
+    training = (folder / MANIFEST).exists() and (epoch is not None or not (folder / MODEL).exists())
+    if epoch is not None and not training:
+        raise CheckpointError(f"{folder} holds one net, not epochs: epoch={epoch} cannot be loaded from it")
+    return training
+
+
+def _built(folder: Path, config: Mapping[str, Any], state: Mapping[str, Tensor], device, dtype=None) -> nn.Module:
     model = build(config["pizoo"], device, dtype)
     try:
         model.load_state_dict(state)
     except RuntimeError as error:
         raise CheckpointError(f"{folder} does not hold what its {CONFIG} says: {error}") from None
-    return model.eval(), config
+    if "compacted" in config["pizoo"]:
+        model.compacted = config["pizoo"]["compacted"]
+    return model.eval()
 
 
 # ---------------------------------------------------------------------------------------------------- training
@@ -302,7 +348,7 @@ class Epoch:
 
     Attributes:
         record: its entry in the manifest (epoch, step, metrics, ...).
-        model_state: ``state_dict`` of its net; rows with the decay factor multiplied in.
+        dense: the part of its net's ``state_dict`` that is not rows.
         stored: name of a growing layer -> (amult as stored, decay): resuming goes on from these, bit for bit.
         optimizer: tensors of the optimizer, by name.
     """
@@ -315,12 +361,34 @@ class Epoch:
             parts[kind][rest] = tensor
         self.optimizer: dict[str, Tensor] = parts["optimizer"]
         self.stored = {layer: (amult, parts["decay"][layer].item()) for layer, amult in parts["amult"].items()}
-        self.model_state: dict[str, Tensor] = parts["model"]
-        for layer, (amult, decay) in self.stored.items():
-            for part in ("A", "B"):
-                name = f"{layer}.{part}"
-                self.model_state[name] = torch.cat([segment[name] for segment in segments if name in segment])
-            self.model_state[f"{layer}.amult"] = amult * decay
+        self.dense: dict[str, Tensor] = parts["model"]
+        self._segments = segments
+
+    def rows(self, layer: str) -> list[RowBlock]:
+        """The rows of a growing layer, a block per segment, ``amult`` with the decay factor multiplied in.
+
+        ``A`` and ``B`` are views of the files, read when they are used: they hold no memory that the system cannot take back.
+
+        Raises:
+            CheckpointError: the segments hold other rows than the state says.
+        """
+        amult, decay = self.stored[layer]
+        parts = [(s[f"{layer}.A"], s[f"{layer}.B"]) for s in self._segments if f"{layer}.A" in s]
+        counts = [len(A) for A, _ in parts]
+        if sum(counts) != len(amult):
+            raise CheckpointError(
+                f"{layer}: the segments hold {sum(counts)} rows, the state {len(amult)}: it is damaged"
+            )
+        return [(A, B, part) for (A, B), part in zip(parts, (amult * decay).split(counts), strict=True)]
+
+    @property
+    def model_state(self) -> dict[str, Tensor]:
+        """``state_dict`` of its net."""
+        state = dict(self.dense)
+        for layer in self.stored:
+            joined = (torch.cat(parts) for parts in zip(*self.rows(layer), strict=True))
+            state |= {f"{layer}.{name}": tensor for name, tensor in zip(("A", "B", "amult"), joined, strict=True)}
+        return state
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""The command line: ``pizoo list | train | evaluate | predict | verify | reproduce | data``."""
+"""The command line: ``pizoo list | train | evaluate | predict | verify | reproduce | compact | data``."""
 
 from __future__ import annotations
 
@@ -51,7 +51,8 @@ def list_command(pattern: Annotated[str, typer.Argument(help="Glob pattern.")] =
         recorded = checkpoint.read_json(results)["accuracy"] if results.exists() else None
         timm_name = f"{config['architecture']}.{config['pretrained_cfg']['tag']}" if config["architecture"] else "–"
         published = config["recipe"]["published"]
-        weights = "here" if zoo.has_weights(entry) else "none: train it"
+        held = "here, compact" if config["pizoo"].get("compacted") else "here"
+        weights = held if zoo.has_weights(entry) else "none: train it"
         rows.append((entry, timm_name, _percent(recorded), _percent(published and published["accuracy"]), weights))
     _print_table(("entry", "timm name", "accuracy", "published", "weights"), rows)
 
@@ -238,6 +239,52 @@ def reproduce(
         out.print(
             f"{entry}: {results['mean_accuracy']:.2f}{spread} %, {len(results['seeds'])} runs, card in {cards / entry}"
         )
+
+
+@app.command()
+def compact(
+    source: Annotated[str, typer.Argument(help="An entry's name, or the folder of a checkpoint.")],
+    out_dir: Annotated[Path, typer.Option("--out", help="Folder for the compact checkpoint.")],
+    rows: Annotated[
+        int | None, typer.Option(help="Rows of each hidden layer; the read-out gets a quarter (what --megabytes hold).")
+    ] = None,
+    megabytes: Annotated[float, typer.Option(help="Size of the file, at most.")] = 25.0,
+    steps: Annotated[int | None, typer.Option(help="Steps of distillation (10,000); 0 is quick.")] = None,
+    views: Annotated[int, typer.Option(min=1, help="Views of each image to fit to, mirrored and moved.")] = 6,
+    curve: Annotated[bool, typer.Option("--curve", help="Measure smaller sizes as well, and draw them.")] = False,
+    epoch: Annotated[int | None, typer.Option(help="Epoch of a training checkpoint (the last).")] = None,
+    data: Data = None,
+    device: Device = None,
+) -> None:
+    """Make a net that computes the same with fewer rows: one small file."""
+    from pizoo.compaction.full import STEPS
+    from pizoo.compaction.ship import compact_checkpoint
+
+    results = compact_checkpoint(
+        source,
+        out_dir,
+        rows,
+        megabytes=megabytes,
+        steps=STEPS if steps is None else steps,
+        views=views,
+        curve=curve,
+        epoch=epoch,
+        data_dir=data,
+        device=device,
+        progress=err.is_terminal,
+    )
+    full = results["full"]
+    table = [("full net", _counts(full["rows"]), "–", _percent(full["accuracy"]), "–")]
+    for point in results["compact"]["sizes"]:
+        size = f"{point['bytes'] / 1e6:.1f} MB"
+        found = (_percent(point.get("accuracy")), _percent(point["agreement"]))
+        table.append(("compact", _counts(point["rows"]), size, *found))
+    _print_table(("net", "rows", "size", "accuracy", "equal predictions"), table)
+    out.print(f"checkpoint: {out_dir}", markup=False, soft_wrap=True)
+
+
+def _counts(rows: dict[str, int]) -> str:
+    return " + ".join(f"{count:,}" for count in rows.values())
 
 
 @data_app.command("prepare")

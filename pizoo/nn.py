@@ -133,6 +133,10 @@ class InfPiLinear(Rows):
         if self.training and self.A.requires_grad and torch.is_grad_enabled():
             # The rows to come contribute nothing yet; their gradient is what they will be.
             out = out + _NewRows.apply(self.A, gbar, gbar.new_ones(()) if self.layernorm else s, out.dtype)
+        return self.finish(out)
+
+    def finish(self, out: Tensor) -> Tensor:
+        """What comes after the sum over rows [b, out_features]: ``alpha (out + bias_alpha bias)``."""
         if self.bias is not None:
             out = out + self.bias_alpha * self.bias
         return self.alpha * out if self.alpha != 1 else out

@@ -180,6 +180,11 @@ class Rows(nn.Module):
         """Row multipliers [M] as stored: to be multiplied by :attr:`decay`. In-place changes change the layer."""
         return self._amult.used
 
+    @property
+    def block(self) -> tuple[Tensor, Tensor, Tensor]:
+        """``A`` [M, r_out], ``B`` [M, r] and ``amult`` [M] of all rows, weight decay applied."""
+        return self.A.detach(), self.B.detach(), self.amult
+
     def set_rows(self, A: Tensor, B: Tensor, amult: Tensor, decay: float = 1.0) -> None:
         """Replace all rows; the tensors become the storage, converted where the layer's dtype or device differs.
 

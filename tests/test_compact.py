@@ -1,0 +1,376 @@
+"""Compaction: fewer rows compute the same function, nothing is fitted to test inputs, and both numbers are kept."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+import pizoo
+from pizoo import checkpoint, zoo
+from pizoo.checkpoint import CheckpointError
+from pizoo.compaction.fit import RIDGES, FewRows, landmarks, relative_error, row_features
+from pizoo.compaction.full import READOUT_SHARE, Full, row_counts
+from pizoo.compaction.ship import compact_checkpoint, rows_within, stored_bytes
+from pizoo.evaluation.accuracy import accuracy
+from pizoo.functional import unit
+from pizoo.models import InfPiMLP
+from pizoo.nn import InfPiLinear
+from pizoo.optim import PiSGD, param_groups
+from pizoo.rows import row_scale
+
+ROWS, STEPS = 100, 300
+
+
+@pytest.fixture(scope="module")
+def digits():
+    """(net, normalised training images, normalised test images, test labels)."""
+    model = pizoo.load("digits_infpi")
+    dataset, normalize = zoo.dataset(model.config), zoo.preprocessing(model.config)
+    return model, normalize(dataset.train_x), normalize(dataset.test_x), dataset.test_y
+
+
+@pytest.fixture(scope="module")
+def full(digits):
+    model, train_x, test_x, _ = digits
+    return Full(model, train_x, test_x=test_x)
+
+
+@pytest.fixture(scope="module")
+def small(full):
+    return full.fit(ROWS, STEPS)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """The folder of a training of three epochs."""
+    folder = tmp_path_factory.mktemp("trained")
+    settings = ("model.r=16", "train.epochs=3", "data.subset=200")
+    pizoo.train("digits_infpi", folder, overrides=settings, device="cpu")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def shipped(trained, tmp_path_factory):
+    """(folder of its compact net, what was returned)."""
+    folder = tmp_path_factory.mktemp("shipped")
+    return folder, compact_checkpoint(trained, folder, 60, steps=100, device="cpu")
+
+
+def random_net(dtype=torch.float64, **hparams) -> InfPiMLP:
+    torch.manual_seed(0)
+    net = InfPiMLP(**{"d_in": 12, "d_out": 3, "r": 6, "dtype": dtype, **hparams})
+    for layer in net.growing_layers.values():
+        g = torch.randn(40, 6, dtype=dtype)
+        layer.append(torch.randn(40, layer.A.shape[1], dtype=dtype), unit(g)[0], 0.1)
+        if layer.bias is not None:
+            torch.nn.init.normal_(layer.bias)
+    return net.eval()
+
+
+# Few rows
+
+
+def test_landmarks_are_unit_vectors_nearer_to_the_inputs_than_random_ones(full):
+    g = full.entering["fit"]
+    distance = {}
+    for rounds in (0, 6):
+        B = landmarks(g, 50, seed=0, rounds=rounds)
+        assert B.shape == (50, g.shape[1])
+        assert torch.linalg.vector_norm(B, dim=1).sub(1).abs().max() < 1e-5
+        distance[rounds] = (1 - (unit(g)[0] @ B.T).amax(1)).mean()
+    assert distance[6] < 0.8 * distance[0]
+
+
+def test_landmarks_of_well_separated_clusters_are_their_centres():
+    centres = torch.eye(5, 8)
+    g = (centres.repeat_interleave(200, 0) + 0.02 * torch.randn(1000, 8)) * torch.rand(1000, 1).add(0.5)
+    for seed in range(20):
+        found = landmarks(g, 5, seed)
+        if (first := (landmarks(g, 5, seed, rounds=0) @ centres.T).argmax(1)).unique().numel() == 5:
+            assert (found @ centres.T).amax(1).min() > 0.999
+            assert first.sort().values.tolist() == list(range(5))
+            return
+    pytest.fail("no seed began with one input of each cluster")
+
+
+@pytest.mark.parametrize("role", ["hidden", "readout"])
+@pytest.mark.parametrize("layernorm", [False, True])
+def test_ridge_regression_is_the_minimum_of_its_objective(role, layernorm):
+    torch.manual_seed(0)
+    layer = InfPiLinear(6, 6 if role == "hidden" else 3, bias_alpha=0.5, alpha=2.0, layernorm=layernorm, role=role)
+    torch.nn.init.normal_(layer.bias)
+    g, B, out = torch.randn(300, 6), unit(torch.randn(20, 6))[0], torch.randn(300, layer.A.shape[1])
+    few = FewRows(layer, B, (g, out), (g, out))
+    assert few.ridge in RIDGES
+    A = (few.P @ few.C).double().requires_grad_()
+    features = row_features(g.double(), B.double(), layernorm)
+    kernel = row_features(B.double(), B.double(), True)
+    weight = few.ridge * features.square().mean() / kernel.diagonal().mean()
+    residual = layer.finish(features @ A) / layer.alpha - out / layer.alpha
+    objective = residual.square().sum() / len(g) + weight * (A * (kernel @ A)).sum()
+    (gradient,) = torch.autograd.grad(objective, A)
+    at_zero = 2 * (features.T @ (out / layer.alpha - layer.finish(torch.zeros(1)) / layer.alpha)) / len(g)
+    assert gradient.norm() < 1e-3 * at_zero.norm()
+
+
+def test_the_ridge_is_chosen_by_held_out_error():
+    torch.manual_seed(0)
+    layer = InfPiLinear(6, 3, bias_alpha=0.0, role="readout")
+    g, held_out = torch.randn(60, 6), torch.randn(60, 6)
+    smooth = lambda x: x @ torch.arange(18.0).view(6, 3)  # noqa: E731
+    noisy = smooth(g) + 30 * torch.randn(60, 3)
+    B = landmarks(g, 50, 0)
+    chosen = FewRows(layer, B, (g, noisy), (held_out, smooth(held_out)))
+    fooled = FewRows(layer, B, (g, noisy), (g, noisy))
+    assert chosen.ridge > fooled.ridge == min(RIDGES)
+    assert chosen.error < 0.9 * relative_error(fooled(held_out), smooth(held_out))
+
+
+def test_what_is_trained_begins_as_the_regression_and_is_stored_as_it_is(full):
+    layer = InfPiLinear(64, 64, dtype=torch.float32)
+    layer.to_rows_dtype(torch.float16)
+    g, out = full.entering["fit"], full.outputs["fit"][0]
+    few = FewRows(layer, landmarks(g, 80, 0), (g, out), (g, out))
+    assert few.error < 0.6
+    assert relative_error(few(g), out) == pytest.approx(few.error, rel=1e-3)
+    few.store()
+    assert layer.count == 80 and layer.A.dtype == torch.float16
+    assert torch.equal(row_scale(layer.A.float()), torch.ones(80))  # float16's small numbers are far away
+    assert relative_error(layer(g), few(g)) < 2e-3
+
+
+# Whole nets
+
+
+@pytest.mark.parametrize(
+    "hparams",
+    [{}, {"hidden_layers": 1}, {"hidden_layers": 3}, {"layernorm": True}, {"bias_alpha": 0.0, "last_layer_alpha": 0.5}],
+    ids=str,
+)
+def test_what_the_full_net_gives_is_what_it_gives(hparams):
+    net = random_net(**hparams)
+    x = torch.randn(1200, 12, dtype=torch.float64)
+    full = Full(net, x, test_x=x[:7])
+    with torch.no_grad():
+        assert (full.logits("test") - net(x[:7])).abs().max() < 1e-5 * net(x).abs().max()
+    assert len(full.logits("held out")) == 120 and len(full.logits("fit")) == 1080
+    few = full.fit(30, steps=200)
+    assert full.measure(few, "held out")["logits_error"] < 0.1
+
+
+def test_rows_in_blocks_are_the_rows():
+    net, x = random_net(), torch.randn(700, 12, dtype=torch.float64)
+    blocks = {
+        name: list(zip(*(t.split(17) for t in layer.block), strict=True)) for name, layer in net.growing_layers.items()
+    }
+    whole, streamed = Full(net, x), Full(net, x, rows=blocks)
+    assert streamed.counts == whole.counts == {"hidden.0": 46, "output": 46}
+    assert relative_error(streamed.logits("fit"), whole.logits("fit")) < 1e-6
+
+
+def test_few_rows_compute_what_many_do(digits, full, small):
+    model, _, test_x, test_y = digits
+    assert small.compacted["rows"] == {"hidden.0": ROWS, "output": ROWS // READOUT_SHARE}
+    assert small.compacted["full_rows"] == {name: layer.count for name, layer in model.growing_layers.items()}
+    with torch.no_grad():
+        few, many = small(test_x), model(test_x)
+    assert abs(accuracy(few, test_y) - accuracy(many, test_y)) < 1.5
+    measured = full.measure(small, "test")
+    assert measured["agreement"] == pytest.approx(accuracy(few, many.argmax(1)), abs=0.01) > 97
+    assert measured["logits_error"] == pytest.approx(relative_error(few, many), abs=1e-3)
+
+
+def test_every_part_of_the_method_brings_it_nearer(full, small):
+    error = {
+        "random landmarks": full.fit(ROWS, 0, kmeans_rounds=0),
+        "k-means": full.fit(ROWS, 0),
+        "distilled": small,
+        "more rows": full.fit(2 * ROWS, 0),
+    }
+    error = {name: full.measure(net, "test")["logits_error"] for name, net in error.items()}
+    assert error["more rows"] < error["k-means"] < 0.9 * error["random landmarks"]
+    assert error["distilled"] < 0.5 * error["k-means"]
+
+
+def test_distillation_that_does_not_help_is_not_kept(full, monkeypatch):
+    monkeypatch.setattr("pizoo.compaction.fit.LEARNING_RATE", 100.0)
+    assert full.fit(ROWS, 3).compacted["steps"] == 0
+    assert full.fit(ROWS, 3).compacted["held_out"] == full.fit(ROWS, 0).compacted["held_out"]
+
+
+def test_one_seed_gives_one_net_and_test_inputs_have_no_part_in_it(digits, full):
+    model, train_x, _, _ = digits
+    first, again, other = (pizoo.compact(model, train_x, 40, steps=20, seed=seed).state_dict() for seed in (0, 0, 1))
+    with_test_inputs = full.fit(40, 20).state_dict()
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert all(torch.equal(first[name], with_test_inputs[name]) for name in first)
+    assert not torch.equal(first["output.A"], other["output.A"])
+
+
+def test_random_numbers_drawn_elsewhere_are_not_disturbed(digits):
+    model, train_x, _, _ = digits
+    torch.manual_seed(3)
+    expected = torch.rand(3)
+    torch.manual_seed(3)
+    pizoo.compact(model, train_x[:50], 10, steps=2)
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_input_layer_and_biases_stay(digits, small):
+    model = digits[0]
+    assert torch.equal(small.input.A, model.input.A.half().float())
+    for name in ("input.bias", "hidden.0.bias", "output.bias"):
+        assert torch.equal(small.state_dict()[name], model.state_dict()[name])
+    assert small.hparams == model.hparams and not small.training
+
+
+def test_a_compact_net_trains_and_grows_on(digits, small):
+    _, train_x, _, _ = digits
+    net = pizoo.compact(digits[0], train_x[:200], 30, steps=0)
+    y = zoo.dataset(digits[0].config).train_y
+    net.train()
+    optimizer = PiSGD(param_groups(net, 0.1), 0.1)
+    losses = []
+    for batch in torch.arange(400).split(16):
+        loss = torch.nn.functional.mse_loss(net(train_x[batch]), torch.nn.functional.one_hot(y[batch], 10).float())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert net.hidden[0].count == 30 + 400 and sum(losses[-5:]) < 0.8 * sum(losses[:5])
+
+
+def test_one_number_of_rows_or_one_for_every_layer():
+    full = {"hidden.0": 1000, "hidden.1": 1000, "output": 1000}
+    assert row_counts(80, full) == [80, 80, 20]
+    assert row_counts([50, 60, 70], full) == [50, 60, 70]
+    assert row_counts(80, {"output": 1000}) == [80]
+    with pytest.raises(
+        ValueError, match=r"rows is \[5, 6\]; it must be one number, or one for each of hidden.0, hidden.1"
+    ):
+        row_counts([5, 6], full)
+    with pytest.raises(ValueError, match="rows is 1,001 for hidden.0, which has 1,000: there is nothing to compact"):
+        row_counts(1001, full)
+    with pytest.raises(ValueError, match="rows of hidden.0 is 0; it must be a positive integer"):
+        row_counts(0, full)
+
+
+def test_what_cannot_be_compacted_is_refused(digits):
+    model, train_x, _, _ = digits
+    with pytest.raises(TypeError, match="model is a FinPiMLP; only an InfPiMLP has rows to make fewer of"):
+        pizoo.compact(pizoo.load("digits_finpi"), train_x)
+    with pytest.raises(ValueError, match="200 rows are asked for, with 90 inputs to fit to"):
+        pizoo.compact(model, train_x[:50], 200, steps=0)
+    with pytest.raises(ValueError, match=r"x has shape \[1, 1, 8, 8\]; it must hold at least two inputs"):
+        pizoo.compact(model, train_x[:1], 10)
+    with pytest.raises(ValueError, match="x has shape .* it must be"):
+        pizoo.compact(model, train_x[..., :7], 10)
+    with pytest.raises(ValueError, match="steps is -1"):
+        pizoo.compact(model, train_x[:50], 10, steps=-1)
+
+
+# Checkpoints
+
+
+def test_the_rows_of_a_training_checkpoint_are_those_of_its_net(trained):
+    for epoch in (None, 2):
+        model, (streamed, config, blocks) = pizoo.load(trained, epoch=epoch), checkpoint.load_streamed(trained, epoch)
+        assert config == model.config and set(blocks) == {"hidden.0", "output"}
+        for name, layer in model.growing_layers.items():
+            assert len(blocks[name]) == 1 + (epoch or 3)
+            for joined, part in zip(zip(*blocks[name], strict=True), layer.block, strict=True):
+                assert torch.equal(torch.cat(joined), part)
+            assert streamed.growing_layers[name].count == 16  # what it began with; the others stay on the disk
+        x = torch.randn(5, 64)
+        assert torch.equal(streamed.input(x), model.input(x))
+
+
+def test_a_compact_checkpoint_holds_both_numbers(trained, shipped):
+    folder, results = shipped
+    before, after = (json.loads((path / "results.json").read_text()) for path in (trained, folder))
+    assert after == json.loads(json.dumps(results))
+    assert after["full"] == {"rows": {"hidden.0": 616, "output": 616}, "accuracy": before["accuracy"]}
+    assert after["mean_accuracy"] == before["accuracy"] and after["history"] == before["history"]
+    (point,) = after["compact"]["sizes"]
+    assert point["accuracy"] == after["accuracy"] and point["rows"] == {"hidden.0": 60, "output": 15}
+    assert pizoo.evaluate(folder)["accuracy"] == pytest.approx(after["accuracy"], abs=1e-9)
+    assert point["bytes"] <= (folder / "model.safetensors").stat().st_size <= point["bytes"] + 4096
+
+
+def test_a_compact_checkpoint_is_verified_like_any_other(shipped):
+    for quick in (False, True):
+        assert pizoo.verify(shipped[0], device="cpu", quick=quick).status == "verified"
+
+
+def test_load_says_that_it_gave_a_compact_net(trained, shipped, caplog):
+    folder, results = shipped
+    caplog.set_level(logging.INFO, "pizoo")
+    net = pizoo.load(folder)
+    assert net.compacted["full_rows"] == {"hidden.0": 616, "output": 616}
+    accuracies = f"{results['accuracy']:.2f} % on the test set, the full net {results['full']['accuracy']:.2f} %"
+    assert f"a compact net, 60 + 15 rows for the full net's 616 + 616, {accuracies}" in caplog.text
+    caplog.clear()
+    assert pizoo.load(trained).compacted is None
+    assert "loaded" in caplog.text and "compact net" not in caplog.text
+
+
+def test_shipped_again_it_still_says_so(shipped, tmp_path):
+    net = pizoo.load(shipped[0])
+    x = torch.randn(3, 64)
+    checkpoint.save(tmp_path, net, net.config, x, net(x))
+    assert pizoo.load(tmp_path).compacted == net.compacted
+
+
+def test_the_file_is_as_small_as_asked(trained, tmp_path):
+    for megabytes in (0.008, 0.02):
+        compact_checkpoint(trained, tmp_path, megabytes=megabytes, steps=0, device="cpu")
+        size = (tmp_path / "model.safetensors").stat().st_size
+        assert 0.6 * megabytes * 1e6 < size <= megabytes * 1e6
+    model = pizoo.load(trained)
+    with pytest.raises(ValueError, match=r"megabytes is 0.001; a net like this takes 0.01 at least"):
+        rows_within(model, 0.001)
+
+
+def test_float32_that_fits_float16_is_stored_so_and_nothing_else():
+    state = {
+        "fits": torch.tensor([1.0, -0.5, 2.0**-24]),
+        "precise": torch.tensor([1.0, 1.0 + 2.0**-20]),
+        "large": torch.tensor([1e6]),
+        "not a number": torch.tensor([float("nan")]),
+        "integers": torch.tensor([1, 2]),
+    }
+    packed = checkpoint.packed(state)
+    assert list(packed) == list(state)
+    assert [tensor.dtype for tensor in packed.values()] == [torch.float16, *[torch.float32] * 3, torch.int64]
+    assert torch.equal(packed["fits"].float(), state["fits"])
+
+
+def test_a_curve_is_recorded_and_drawn(trained, tmp_path):
+    pytest.importorskip("matplotlib")
+    results = compact_checkpoint(trained, tmp_path, 64, steps=0, curve=True, device="cpu")
+    assert [point["rows"]["hidden.0"] for point in results["compact"]["sizes"]] == [8, 16, 32, 64]
+    assert pizoo.load(tmp_path).hidden[0].count == 64
+    assert (tmp_path / "compact.png").read_bytes().startswith(b"\x89PNG")
+    sizes = [point["bytes"] for point in results["compact"]["sizes"]]
+    assert sizes == sorted(sizes) and sizes[-1] == stored_bytes(pizoo.load(tmp_path))
+
+
+def test_a_folder_that_holds_another_checkpoint_is_left_alone(trained, shipped, tmp_path):
+    copy = Path(shutil.copytree(trained, tmp_path / "copy"))
+    with pytest.raises(CheckpointError, match="holds a checkpoint that is not a compact net"):
+        compact_checkpoint(trained, copy, 60, device="cpu")
+    assert {file.name: file.stat().st_size for file in copy.iterdir()} == {
+        file.name: file.stat().st_size for file in trained.iterdir()
+    }
+    with pytest.raises(TypeError, match="digits_mu is a MuMLP"):
+        compact_checkpoint("digits_mu", tmp_path / "mu", 60, device="cpu")
+    with pytest.raises(zoo.WeightsNotFoundError):
+        compact_checkpoint("cifar10_infpi", tmp_path / "none", 60, device="cpu")
+    with pytest.raises(ValueError, match="617 for hidden.0, which has 616"):
+        compact_checkpoint(trained, tmp_path / "more", 617, device="cpu")
+    assert not (tmp_path / "mu").exists() and not (tmp_path / "none").exists()
