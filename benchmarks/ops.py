@@ -1,10 +1,11 @@
-"""Time of the growing layers' ops against the number of rows, and the memory limit drawn in.
+"""Time of the growing layers' ops against the number of rows, the memory limit drawn in, and their error.
 
     python benchmarks/ops.py [--out benchmarks/results] [--rows 50000 250000 1000000 2500000]
 
-One step of ``cifar10_infpi`` (r = 400, batch 8, float16): forward and backward of the hidden layer (400 columns) and of the
-read-out (10 columns, padded to 16), replayed as one CUDA graph. The limit counts every row read once forward and once
-backward at the bandwidth of a device-to-device copy measured in the same run. Times are medians; rows are random.
+One step of ``cifar10_infpi`` (r = 400, batch 8, float16): forward and backward of the hidden layer (400 columns), output and
+Jacobian of the read-out (10 columns), replayed as one CUDA graph. The limit counts every row read once forward and once
+backward at the bandwidth of a device-to-device copy measured in the same run; the Jacobian needs no second pass. Times are
+medians; rows are random. Errors are relative, in norm, against float64 on the same rounded rows and inputs, at ``ERROR_ROWS``.
 Writes ``ops_<gpu>.json`` and ``ops_<gpu>.png``.
 """
 
@@ -23,10 +24,14 @@ from torch import Tensor
 
 from pizoo import ops
 from pizoo.functional import unit
+from pizoo.ops import reference
 
 RANK, BATCH, FEW_SHOT_BATCH, COLUMNS = 400, 8, 80, {"hidden": 400, "readout": 10}
 CUDA = torch.device("cuda")
-STEP = (("hidden", "forward"), ("readout", "forward"), ("readout", "backward"), ("hidden", "backward"))
+ERROR_ROWS, ERROR_BLOCK = 1_000_000, 50_000
+PLAIN_ROWS = 1_000_000  # beyond it plain torch is not timed
+SCALES = ((1.0, 1.0), (1e-6, 1.0), (4.0, 1.0), (1.0, 1e-6))  # of amult and of A
+STEP = (("hidden", "forward"), ("readout", "jacobian"), ("hidden", "backward"))
 
 
 def random_layer(M: int, columns: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -75,6 +80,39 @@ def eager_milliseconds(function: Callable[[], object], rounds: int = 7) -> float
     return statistics.median(times[2:])
 
 
+def errors() -> list[dict]:
+    """Relative error of every op in float16, over scales of amult and of A."""
+    results = []
+    for amult_scale, A_scale in SCALES:
+        for name, columns in COLUMNS.items():
+            A, B, amult = random_layer(ERROR_ROWS, columns)
+            A, amult = (A.float() * A_scale).half(), amult * amult_scale
+            gbar, delta = unit(torch.randn(BATCH, RANK, device=CUDA))[0], torch.randn(BATCH, columns, device=CUDA)
+            found = {"forward": (ops.growing_forward(gbar, A, B, amult),)}
+            found["backward"] = (ops.growing_backward(gbar, A, B, amult, delta),)
+            if ops.fused(gbar, A, "growing_forward_jacobian"):
+                found["jacobian"] = ops.growing_forward_jacobian(gbar, A, B, amult)
+            blocks = list(zip(*(part.split(ERROR_BLOCK) for part in (A, B, amult)), strict=True))
+            for op, parts in found.items():
+                exact = [torch.zeros_like(part, dtype=torch.float64) for part in parts]
+                for block in blocks:
+                    for total, more in zip(exact, _exact(op, gbar.double(), delta.double(), block), strict=True):
+                        total += more
+                error = max(float((x - y).norm() / y.norm()) for x, y in zip(parts, exact, strict=True))
+                results.append({"op": f"{name} {op}", "amult": amult_scale, "A": A_scale, "relative_error": error})
+                print(f"error of {name} {op}, amult {amult_scale:g}, A {A_scale:g}: {error:.1e}", flush=True)
+    return results
+
+
+def _exact(op: str, gbar: Tensor, delta: Tensor, rows: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    rows = tuple(part.double() for part in rows)
+    if op == "forward":
+        return (reference.growing_forward(gbar, *rows),)
+    if op == "backward":
+        return (reference.growing_backward(gbar, *rows, delta),)
+    return reference.growing_forward_jacobian(gbar, *rows)
+
+
 def copy_bandwidth() -> float:
     """Bytes read and written per second by a copy of 4 GB."""
     source = torch.randn(1 << 30, device=CUDA)
@@ -104,6 +142,10 @@ def measure(rows: list[int]) -> dict:
         result["share_of_copy_bandwidth"] = {
             name: M * row_bytes[name.split()[0]] / (time * 1e-3) / bandwidth for name, time in result["ops_ms"].items()
         }
+        results.append(result)
+        print(f"M = {M:>9,}: step {result['step_ms']:.3f} ms, two-pass limit {result['limit_ms']:.3f} ms", flush=True)
+        if M > PLAIN_ROWS:
+            continue
         with ops.use("blocked"):
             sliced = {name: tuple(part[:M] for part in layer) for name, layer in layers.items()}
             plain = {key: c for name, layer in sliced.items() for key, c in calls(name, layer, BATCH, None).items()}
@@ -112,8 +154,6 @@ def measure(rows: list[int]) -> dict:
             result["plain_torch_few_shot_hidden_ms"] = eager_milliseconds(
                 lambda p=plain: (p["hidden forward"](), p["hidden backward"]()), 3
             )
-        results.append(result)
-        print(f"M = {M:>9,}: step {result['step_ms']:.3f} ms, two-pass limit {result['limit_ms']:.3f} ms", flush=True)
     return {
         "command": " ".join(["python", *sys.argv]),
         "gpu": torch.cuda.get_device_name(),
@@ -127,6 +167,8 @@ def measure(rows: list[int]) -> dict:
         "copy_bandwidth_TB_s": bandwidth / 1e12,
         "bytes_per_row_and_pass": row_bytes,
         "results": results,
+        "error_rows": ERROR_ROWS,
+        "errors": errors(),
     }
 
 
@@ -140,7 +182,8 @@ def draw(report: dict, path: Path) -> None:
     results = report["results"]
     rows = [result["rows"] for result in results]
     figure, axes = pyplot.subplots(figsize=(7, 4.5), facecolor="white")
-    axes.loglog(rows, [r["plain_torch_step_ms"] for r in results], "s-", color="tab:gray", label="plain torch, blocked")
+    plain = [(r["rows"], r["plain_torch_step_ms"]) for r in results if "plain_torch_step_ms" in r]
+    axes.loglog(*zip(*plain, strict=True), "s-", color="tab:gray", label="plain torch, blocked")
     axes.loglog(rows, [r["step_ms"] for r in results], "o-", color="tab:blue", label="fused")
     axes.loglog(rows, [r["limit_ms"] for r in results], "--", color="black", label="memory limit of two passes")
     axes.set_xlabel("rows M")

@@ -24,7 +24,7 @@ _LAZY = {
     "evaluate": "pizoo.evaluation.entries",
     "feature_kernel": "pizoo.evaluation.features",
     "load_recipe": "pizoo.recipes",
-    "train": "pizoo.training.supervised",
+    "train": "pizoo.training.train",
     "verify": "pizoo.evaluation.verify",
 }
 

@@ -2,23 +2,53 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from torch import Tensor
 
 from pizoo import checkpoint
 from pizoo.data import ASSETS, dataset_path
-from pizoo.recipes import Recipe
+from pizoo.evaluation.accuracy import paired_difference
+from pizoo.evaluation.fewshot import SPLITS, TaskAccuracy
+from pizoo.plots import CURVES, draw_curves
+from pizoo.recipes import Recipe, decisive
+from pizoo.zoo import TUNED
 
 PAPER = "https://openreview.net/forum?id=tUMr0Iox8XW"
 TAGS = ["pi-net", "infinite-width", "image-classification"]
+TASK_TAGS = [*TAGS, "few-shot-learning"]
+TUNED_SHOWN = 8  # settings of a search
+DATASETS = {"cifar10": "CIFAR-10", "digits": "scikit-learn digits", "omniglot": "Omniglot"}
 UNTRAINED = "No weights yet: `pizoo train {entry}` trains them, `pizoo.load` then takes the folder it writes."
-VERIFY = "`pizoo verify {entry}` re-measures the number below"
-VERIFY_QUICK = VERIFY + "; `pizoo verify --quick {entry}` checks the weights alone."
-VERIFY_FULL = VERIFY + ", and needs the training images, from which kernel regressors predict."
-DATASETS = {"cifar10": "CIFAR-10", "digits": "scikit-learn digits"}
+VERIFY = (
+    "`pizoo verify {entry}` re-measures the number of this checkpoint; `pizoo verify --quick {entry}` checks the weights "
+    "alone, without data."
+)
+# Of what learns tasks.
+VERIFY_TASKS = (
+    "`pizoo verify {entry}` re-measures this checkpoint on the first {verified:,} of the recorded tasks; "
+    "`pizoo verify --quick {entry}` checks its logits on one stored task, without data."
+)
+ADAPT = """\
+# support_x [{support}, {size}], ink 1 and paper 0; support_y: labels 0 to {last}
+predictor = model.adapt(support_x, support_y, {arguments})
+logits = predictor(query_x)"""
+# Of kernel regressors whose training images do not ship.
+ATTACH = """data = pizoo.zoo.dataset(model.config)  # the training images it predicts from
+model.attach(pizoo.zoo.preprocessing(model.config)(data.train_x, torch.float64))"""
+VERIFY_KERNEL = """\
+It holds dual coefficients and the fingerprint of the training images they belong to, and needs those images to predict.
+
+- `pizoo verify {entry}` re-measures its number. Nothing is solved again: the kernel between {test} test and {train}
+  training images is computed in float64, block by block (a few GB of memory, minutes on two CPU cores).
+- `pizoo verify --images 1000 {entry}` is a smaller check: the first 1,000 test images, against what is recorded of them.
+- `pizoo verify --quick {entry}` needs no data: it checks the SHA-256 of the coefficients, and what the first {probe} training
+  images contribute to the scores of {probe} test images."""
 
 TEMPLATE = (
     """---
@@ -27,30 +57,36 @@ TEMPLATE = (
 
 # {{ entry }}
 
-{{ description }}. An entry of the pizoo model zoo, from the recipe `recipes/{{ entry }}.yaml`.
+{{ description }}. An entry of the pizoo model zoo, from the recipe `recipes/{{ recipe }}.yaml`.
+
+{{ headline }}
 
 ```python
-import pizoo
-
-model = pizoo.load({{ arguments }})
+{{ code }}
 ```
 
 {{ verification }}
 
-## Numbers
+{{ sections }}
 
-{{ numbers }}
-
-## Training
-
-{{ training }}
-
-## Licence and source
+## Licence and citation
 
 MIT. Method: Yang, Santacroce, Hu, [Efficient Computation of Deep Nonlinear Infinite-Width Neural Networks that Learn
 Features]("""
     + PAPER
     + """), ICLR 2022.
+
+```bibtex
+@inproceedings{yang2022efficient,
+  title     = {Efficient Computation of Deep Nonlinear Infinite-Width Neural Networks that Learn Features},
+  author    = {Yang, Greg and Santacroce, Michael and Hu, Edward J.},
+  booktitle = {International Conference on Learning Representations},
+  year      = {2022},
+  url       = {"""
+    + PAPER
+    + """}
+}
+```
 """
 )
 
@@ -67,96 +103,420 @@ def write_config(folder: Path, recipe: Recipe, class_names: Sequence[str]) -> No
     checkpoint.write_json(folder / checkpoint.CONFIG, config)
 
 
-def write_card(folder: Path) -> Path:
-    """Write ``README.md`` of a card from its ``config.json`` and, if there is one, its ``results.json``.
+def refresh(folder: Path, recipe: Recipe) -> None:
+    """Write a card again with what its recipe says by now: texts, published numbers, tolerances.
 
     Raises:
-        CheckpointError: either is damaged.
+        CheckpointError: the recipe would train or solve something else than what the card is of; something is damaged.
     """
     config = checkpoint.read_config(folder)
-    recipe = config["recipe"]
-    name = recipe["data"]["name"]
-    if not (folder / checkpoint.RESULTS).exists():
-        data = ModelCardData(license="mit", library_name="pizoo", tags=TAGS, model_name=recipe["entry"])
-        return _write(folder, data, recipe, _published(recipe), _training(recipe))
-    results = checkpoint.read_json(folder / checkpoint.RESULTS)
-    data = ModelCardData(
-        license="mit",
-        library_name="pizoo",
-        tags=TAGS,
-        model_name=recipe["entry"],
-        eval_results=[
-            EvalResult(
-                task_type="image-classification",
-                dataset_type=name,
-                dataset_name=DATASETS.get(name, name),
-                dataset_split="test",
-                metric_type="accuracy",
-                metric_value=round(results["accuracy"], 4),
-            )
-        ],
-    )
-    return _write(folder, data, recipe, _numbers(recipe, results), _training(recipe))
+    if (folder / checkpoint.RESULTS).exists():
+        recipe = recipe.with_seed(checkpoint.read_json(folder / checkpoint.RESULTS)["shipped_seed"])
+    if folder.name == TUNED:
+        recipe = recipe.with_model(**{k: v for k, v in config["recipe"]["model"].items() if k != "kind"})
+    if decisive(config["recipe"]) != decisive(recipe.to_dict()):
+        raise checkpoint.CheckpointError(
+            f"{folder} is the card of another recipe than {recipe.entry} is now: make it again"
+        )
+    checkpoint.write_json(folder / checkpoint.CONFIG, {**config, "recipe": recipe.to_dict()})
+    write_card(folder)
 
 
-def _write(folder: Path, data: ModelCardData, recipe: dict[str, Any], numbers: str, training: str) -> Path:
-    entry, name, path = recipe["entry"], recipe["data"]["name"], recipe["data"]["path"]
-    trained = (folder / checkpoint.RESULTS).exists()
-    # Kernel regressors have no quick check unless their training images ship.
-    images_needed = recipe["train"] is None and not (path is None and dataset_path(name).is_relative_to(ASSETS))
-    verification = (VERIFY_FULL if images_needed else VERIFY_QUICK).format(entry=entry)
-    card = ModelCard.from_template(
-        data,
-        template_str=TEMPLATE,
-        entry=entry,
-        description=recipe["description"],
-        arguments=f'"{entry}"' if trained else f'"{entry}", pretrained=False',
-        verification=verification if trained else UNTRAINED.format(entry=entry),
-        numbers=numbers,
-        training=training,
-    )
-    path = folder / "README.md"
-    checkpoint.write_atomically(path, lambda temporary: temporary.write_text(str(card)))
+def write_card(folder: Path) -> Path:
+    """Write ``README.md`` of a card and the picture in it, from what it records; see :func:`card_text`."""
+    card = _Card.read(folder)
+    if card.curves:
+        draw_curves(folder / CURVES, card.results["seeds"], card.published and card.published["accuracy"])
+    path, text = folder / "README.md", card_text(folder)
+    checkpoint.write_atomically(path, lambda temporary: temporary.write_text(text))
     return path
 
 
-def _numbers(recipe: dict[str, Any], results: dict[str, Any]) -> str:
-    """The recorded accuracies as a table: this checkpoint, every seed, the mean, the published number."""
-    what = "split" if recipe["data"]["name"] == "digits" else "seed"
+def card_text(folder: Path) -> str:
+    """What ``README.md`` of a card has to say: of its ``config.json``, its results if there are any, and the cards beside it.
+
+    Raises:
+        CheckpointError: something recorded is damaged.
+    """
+    card = _Card.read(folder)
+    text = ModelCard.from_template(
+        _metadata(card),
+        template_str=TEMPLATE,
+        entry=card.name,
+        recipe=card.recipe["entry"],
+        description=card.recipe["description"]
+        + (", tuned on held-out training images" if folder.name == TUNED else ""),
+        headline=_headline(card),
+        code=_code(card),
+        verification=_verification(card),
+        sections="\n\n".join(f"## {title}\n\n{text}" for title, text in _sections(card)),
+    )
+    return str(text)
+
+
+@dataclass(frozen=True)
+class _Card:
+    """What a card's folder records.
+
+    Attributes:
+        recipe: of its ``config.json``.
+        results: its ``results.json``; empty for an entry without weights.
+        correct: which test images were classified correctly, by the shipped net and every seed's, bool [n]; of tasks, which
+            queries of the headline's, bool [T, Q].
+    """
+
+    folder: Path
+    recipe: dict[str, Any]
+    results: dict[str, Any]
+    correct: dict[str, Tensor]
+
+    @classmethod
+    def read(cls, folder: Path) -> _Card:
+        recipe = checkpoint.read_config(folder)["recipe"]
+        if not (folder / checkpoint.RESULTS).exists():
+            return cls(folder, recipe, {}, {})
+        results = checkpoint.read_json(folder / checkpoint.RESULTS)
+        return cls(
+            folder, recipe, results, checkpoint.read_tensors(folder / checkpoint.CORRECT, results["correct_sha256"])
+        )
+
+    @property
+    def name(self) -> str:
+        """What ``pizoo.load`` takes."""
+        return f"{self.recipe['entry']}/{TUNED}" if self.folder.name == TUNED else self.recipe["entry"]
+
+    @property
+    def data(self) -> str:
+        return DATASETS.get(self.recipe["data"]["name"], self.recipe["data"]["name"])
+
+    @property
+    def tasks(self) -> dict[str, Any] | None:
+        """The recipe's few-shot part; None: supervised."""
+        return self.recipe.get("tasks")
+
+    @property
+    def count(self) -> int:
+        """How many test images, or tasks."""
+        return len(self.correct[checkpoint.SHIPPED])
+
+    @property
+    def unit(self) -> str:
+        """What is counted."""
+        return "task" if self.tasks else "test image"
+
+    @property
+    def split(self) -> str:
+        """What its number is on."""
+        return self.tasks["headline"] if self.tasks else "test"
+
+    @property
+    def chosen(self) -> str:
+        """Which epoch's net its number is of, to end a sentence with; nothing for kernels."""
+        if not self.recipe["train"]:
+            return ""
+        return ", epoch chosen on validation classes" if self.tasks else " after the last epoch"
+
+    @property
+    def published(self) -> dict[str, Any] | None:
+        return self.recipe["published"]
+
+    @property
+    def run(self) -> str:
+        """What differs from one of its trainings to the next."""
+        return "split" if self.recipe["data"]["name"] == "digits" else "seed"
+
+    @property
+    def curves(self) -> bool:
+        return bool(self.results) and "curve" in self.results["seeds"][0]
+
+    @property
+    def needs_images(self) -> bool:
+        """Whether it is a kernel regressor whose training images do not ship."""
+        data = self.recipe["data"]
+        ships = data["path"] is None and dataset_path(data["name"]).is_relative_to(ASSETS)
+        return self.recipe["train"] is None and not self.tasks and not ships
+
+
+def _metadata(card: _Card) -> ModelCardData:
+    """The card's header, in the Hub's own words; with evaluation results where there are any."""
+    options = {"license": "mit", "library_name": "pizoo", "pipeline_tag": "image-classification"}
+    options["tags"] = TASK_TAGS if card.tasks else TAGS
+    results = card.results
+    if not results:
+        return ModelCardData(model_name=card.name, **options)
+    measured = {f"accuracy of this checkpoint{card.chosen}": results["accuracy"]}
+    if len(results["seeds"]) > 1:
+        measured[f"mean accuracy over {len(results['seeds'])} {card.run}s{card.chosen}"] = results["mean_accuracy"]
+    shared = {
+        "task_type": "image-classification",
+        "dataset_type": card.recipe["data"]["name"],
+        "dataset_name": card.data,
+        "dataset_split": card.split,
+        "metric_type": "accuracy",
+    }
+    evaluations = [
+        EvalResult(metric_name=name, metric_value=round(value, 4), **shared) for name, value in measured.items()
+    ]
+    return ModelCardData(model_name=card.name, eval_results=evaluations, **options)
+
+
+def _headline(card: _Card) -> str:
+    results, runs = card.results, len(card.results.get("seeds", []))
+    published = f"Published: {card.published['accuracy']:.2f} %." if card.published else ""
+    if not results:
+        return f"Not measured yet. {published}".rstrip()
+    over = f", mean over {runs} {card.run}s ± standard error" if runs > 1 else ""
+    measured_on = f"the {card.count:,} test images of {card.data}"
+    if card.tasks:
+        measured_on = (
+            f"the queries of {card.count:,} tasks of {card.data} ({_shape(card)}, {_words(card.split)} classes)"
+        )
+    told = [f"**{_mean(results)} %** of {measured_on} are classified correctly{card.chosen}{over}."]
+    if card.recipe["train"] and not card.tasks:
+        told.append(f"Best epochs, test-selected: {results['mean_best_epoch_accuracy']:.2f} %.")
+    if "tuned" in results:
+        told.append(f"Tuned on held-out training images: {results['tuned']['accuracy']:.2f} %.")
+    return " ".join([*told, published]).rstrip()
+
+
+def _mean(results: dict[str, Any]) -> str:
+    return _plus_minus(results["mean_accuracy"], results["standard_error"])
+
+
+def _plus_minus(accuracy: float, error: float | None) -> str:
+    return f"{accuracy:.2f}" + ("" if error is None else f" ± {error:.2f}")
+
+
+def _shape(card: _Card) -> str:
+    return f"{card.recipe['data']['classes']}-way {card.tasks['shots']}-shot"
+
+
+def _words(split: str) -> str:
+    """``"test_rotated"`` as a reader says it."""
+    return ", ".join(split.split("_"))
+
+
+def _code(card: _Card) -> str:
+    if not card.results:
+        return f'import pizoo\n\nmodel = pizoo.load("{card.name}", pretrained=False)'
+    load = f'model = pizoo.load("{card.name}")'
+    if card.tasks:
+        return f"import pizoo\n\n{load}\n{_adapt(card)}"
+    return f"import torch\n\nimport pizoo\n\n{load}\n{ATTACH}" if card.needs_images else f"import pizoo\n\n{load}"
+
+
+def _adapt(card: _Card) -> str:
+    tasks, ways = card.tasks, card.recipe["data"]["classes"]
+    options = {key: tasks[key] for key, usual in (("steps", 1), ("layers", "readout")) if tasks[key] != usual}
+    return ADAPT.format(
+        support=ways * tasks["shots"],
+        size=", ".join(map(str, card.recipe["data"]["input_size"])),
+        last=ways - 1,
+        arguments=", ".join(f"{key}={value!r}" for key, value in {"step_size": tasks["step_size"], **options}.items()),
+    )
+
+
+def _verification(card: _Card) -> str:
+    if not card.results:
+        return UNTRAINED.format(entry=card.name)
+    if card.tasks:
+        return VERIFY_TASKS.format(entry=card.name, verified=card.results["verification"]["tasks"])
+    if not card.needs_images:
+        return VERIFY.format(entry=card.name)
+    train = f"{card.recipe['data']['subset']:,}" if card.recipe["data"]["subset"] else "all"
+    return VERIFY_KERNEL.format(entry=card.name, test=f"{card.count:,}", train=train, probe=checkpoint.PROBE_INPUTS)
+
+
+def _sections(card: _Card) -> Iterator[tuple[str, str]]:
+    """Titles and texts, in the order a reader asks."""
+    if card.results:
+        yield "Numbers", _task_numbers(card) if card.tasks else _numbers(card)
+    yield "The published number", _published(card)
+    if compared := list(_compared(card)):
+        yield f"Beside the others, on the same {card.unit}s", "\n".join([COMPARED.format(unit=card.unit), *compared])
+    yield "Training", _training(card)
+    if "tuned" in card.results:
+        yield "Tuning", _tuning(card)
+
+
+COMPARED = (
+    "Accuracy here minus accuracy there in points (means over seeds), compared {unit} by {unit}; 95 % interval over {unit}s:"
+    "\n\n"
+    "| entry | difference | interval |\n| --- | --- | --- |"
+)
+
+
+def _numbers(card: _Card) -> str:
+    """The recorded accuracies as a table: this checkpoint, every run, their mean; where and when they were measured."""
+    results, trained = card.results, card.recipe["train"] is not None
+
+    def row(name: str, accuracy: str, best: str, time: str) -> str:
+        return "| " + " | ".join((name, accuracy, best, time) if trained else (name, accuracy, time)) + " |"
+
     lines = [
-        f"Accuracy in percent on the test part of {DATASETS.get(recipe['data']['name'], recipe['data']['name'])}, after the "
-        "last epoch; best epochs are test-selected.",
+        f"Accuracy in percent on the test part of {card.data}; times are wall time, evaluation and saving included.",
         "",
-        "| | accuracy | best epoch | training time |\n| --- | --- | --- | --- |",
-        f"| **this checkpoint** ({what} {results['shipped_seed']}) | **{results['accuracy']:.2f}** | | |",
+        row("", "after the last epoch" if trained else "accuracy", "best epoch, test-selected", "time"),
+        row("---", "---", "---", "---"),
+        row(f"**this checkpoint** ({card.run} {results['shipped_seed']})", f"**{results['accuracy']:.2f}**", "", ""),
     ]
     for run in results["seeds"]:
-        best = f"{run['best_epoch']['accuracy']:.2f} (epoch {run['best_epoch']['epoch']})" if run["epochs"] else "–"
-        lines.append(f"| {what} {run['seed']} | {run['accuracy']:.2f} | {best} | {run['train_seconds']:.1f} s |")
-    if results["standard_error"] is not None:
-        lines.append(f"| mean | {results['mean_accuracy']:.2f} ± {results['standard_error']:.2f} | | |")
-    lines += ["", f"Measured on {results['hardware']}, {results['date']}."]
-    return "\n".join([*lines, "", _published(recipe)])
+        best = f"{run['best_epoch']['accuracy']:.2f} (epoch {run['best_epoch']['epoch']})"
+        lines.append(row(f"{card.run} {run['seed']}", f"{run['accuracy']:.2f}", best, duration(run["wall_seconds"])))
+    if len(results["seeds"]) > 1:
+        total = f"{duration(results['total_wall_seconds'])} in all"
+        lines.append(row("mean ± standard error", _mean(results), f"{results['mean_best_epoch_accuracy']:.2f}", total))
+    return "\n".join([*lines, "", _measured(results)])
 
 
-def _published(recipe: dict[str, Any]) -> str:
-    published = recipe["published"]
+def _task_numbers(card: _Card) -> str:
+    """The recorded accuracies of a few-shot learner as a table: this checkpoint, every seed and their mean, on every split."""
+    results, trained = card.results, card.recipe["train"] is not None
+
+    def row(name: str, accuracies: Iterable[str], chosen: str, time: str) -> str:
+        return "| " + " | ".join((name, *accuracies, *((chosen, time) if trained else ()))) + " |"
+
+    def cells(splits: dict[str, Any], headline: str | None = None) -> Iterator[str]:
+        for split in SPLITS:
+            found, mark = TaskAccuracy(**splits[split]), "**" if split == headline else ""
+            yield f"{mark}{found.accuracy:.2f}{mark} ± {found.half_width:.2f}"
+
+    times = "; times are wall time, evaluation and saving included." if trained else "."
+    heads = [f"**{_words(split)}**" if split == card.split else _words(split) for split in SPLITS]
+    lines = [
+        f"{_shape(card)} accuracy in percent on {card.count:,} tasks of {card.data} each, with its 95 % interval over tasks. "
+        f"The classes are part of every number: rotated ones (each turned into four) are easier. This entry's number is on "
+        f"**{_words(card.split)}** classes{times}",
+        "",
+        row("", heads, "epoch chosen (validation accuracy)", "time"),
+        row("---", ["---"] * len(SPLITS), "---", "---"),
+    ]
+    shipped = f"**this checkpoint** ({card.run} {results['shipped_seed']})" if trained else "**this kernel**"
+    lines.append(row(shipped, cells(results["splits"], card.split), "", ""))
+    for run in results["seeds"] if trained else ():
+        best = f"{run['best_epoch']['epoch']} ({run['best_epoch']['accuracy']:.2f})"
+        lines.append(row(f"{card.run} {run['seed']}", cells(run["splits"]), best, duration(run["wall_seconds"])))
+    if len(results["seeds"]) > 1:
+        means = [results["mean_splits"][split] for split in SPLITS]
+        means = [_plus_minus(mean["accuracy"], mean["standard_error"]) for mean in means]
+        total = f"{duration(results['total_wall_seconds'])} in all"
+        lines.append(row("mean ± standard error over seeds", means, "", total))
+    if card.published:
+        there = [f"{card.published['accuracy']:.2f}" if split == card.split else "" for split in SPLITS]
+        lines.append(row("published", there, "", ""))
+    return "\n".join([*lines, "", _measured(results)])
+
+
+def _measured(results: dict[str, Any]) -> str:
+    """Where and when."""
+    commit = f", commit {results['commit']}" if results["commit"] else ""
+    return f"Measured on {results['hardware']}, {results['date']}, torch {results['versions']['torch']}{commit}."
+
+
+def duration(seconds: float) -> str:
+    """Seconds in the unit a reader would choose."""
+    for unit, size in (("days", 86_400), ("hours", 3600), ("min", 60)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.1f} {unit}"
+    return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.1f} s"
+
+
+def _published(card: _Card) -> str:
+    """The paper's number, how far ours is from it and why."""
+    published, results = card.published, card.results
     if published is None:
         return "The paper has no number for it."
-    return f"Published: {published['accuracy']:.2f} ({published['source']}; {published['protocol']})."
+    told = [f"{published['accuracy']:.2f} ({published['source']}; {published['protocol']})."]
+    if results:
+        away = results["mean_accuracy"] - published["accuracy"]
+        told.append(
+            f"The number here is {abs(away):.2f} points {'above' if away > 0 else 'below'} it; {card.count:,} {card.unit}s "
+            f"alone give a standard error of {_chance(card):.2f} points."
+        )
+    if published["rerun"] is not None:
+        here = (
+            f", {abs(results['mean_accuracy'] - published['rerun']):.2f} points from the number here" if results else ""
+        )
+        told.append(f"The paper's own code, run once with this recipe, gives {published['rerun']:.2f}{here}.")
+    return " ".join([*told, *([card.recipe["differs"]] if card.recipe["differs"] else [])])
 
 
-def _training(recipe: dict[str, Any]) -> str:
-    train = recipe["train"]
+def _chance(card: _Card) -> float:
+    """Standard error in points that its number has for being measured on so many test images, or tasks."""
+    if card.tasks:
+        return card.results["splits"][card.split]["standard_error"]
+    share = card.results["mean_accuracy"] / 100
+    return 100 * (share * (1 - share) / card.count) ** 0.5
+
+
+def _compared(card: _Card) -> Iterator[str]:
+    """Lines of a table: how far this entry is from those beside it on the same test images, or tasks."""
+    if not card.results or card.run == "split":  # other splits are other test images
+        return
+    name = card.recipe["data"]["name"]
+    beside = [config.parent for config in sorted(card.folder.parent.glob(f"*/{checkpoint.CONFIG}"))]
+    for folder in beside:
+        if folder.name == card.folder.name or checkpoint.read_config(folder)["recipe"]["data"]["name"] != name:
+            continue
+        other = _Card.read(folder)
+        if other.results and (other.split, other.count) == (card.split, card.count):
+            away = paired_difference(_share(card), _share(other))
+            yield f"| `{other.name}` | {away.points:+.2f} | {away.low:+.2f} to {away.high:+.2f} |"
+
+
+def _share(card: _Card) -> Tensor:
+    """For each test image the share of seeds that classify it correctly; for each task the mean share of its queries."""
+    rights = [card.correct[checkpoint.seed_key(run["seed"])] for run in card.results["seeds"]]
+    return torch.stack(rights).double().mean(0).view(card.count, -1).mean(1)
+
+
+def _training(card: _Card) -> str:
+    recipe, train = card.recipe, card.recipe["train"]
+    subset = recipe["data"]["subset"]
+    images = f"{subset:,} of the training images" if subset else "all training images"
+    if train is None and card.tasks:
+        return (
+            f"Not trained: adapted to each task from zero, by a step of {card.tasks['step_size']:g} in the kernel's space of "
+            f"functions ({_settings(recipe['model'])})."
+        )
     if train is None:
-        model = {key: value for key, value in recipe["model"].items() if key != "kind"}
-        settings = ", ".join(f"{key} {value:g}" for key, value in model.items())
-        return f"Not trained: solved in float64 on all training images ({settings})."
+        return f"Not trained: solved in float64 on {images} ({_settings(recipe['model'])})."
     clip, schedule = train["clip"], train["schedule"]
     clipped = "" if clip["max_norm"] is None else f", gradients clipped at {clip['max_norm']:g}"
     stored = "rows" if recipe["model"]["kind"] == "infpi" else "weights"
+    measured = "validation" if card.tasks else "test"
+    picture = f"\n\n![Training loss and {measured} accuracy over the epochs]({CURVES})"
+    epochs = f"{train['epochs']} epochs on {images}, batches of {train['batch_size']}"
+    if card.tasks:
+        order = "first" if card.tasks["first_order"] else "second"
+        epochs = (
+            f"{train['epochs']} epochs of {train['steps_per_epoch']} outer steps on {train['batch_size']} tasks each ({order} "
+            f"order, inner steps of {card.tasks['step_size']:g})"
+        )
     return (
-        f"{train['epochs']} epochs, batches of {train['batch_size']}, SGD with learning rate {train['lr']:g}, "
+        f"{epochs}, SGD with learning rate {train['lr']:g}, "
         f"{schedule['name']} schedule{clipped}; {stored} in {train['dtype']}. `config.json` holds the whole recipe. "
-        f"To run it again: `pizoo train {recipe['entry']}`."
+        f"To run it again: `pizoo train {recipe['entry']}`; all of it, this card included: `pizoo reproduce {recipe['entry']}`."
+        f"{picture if (card.folder / CURVES).exists() else ''}"
     )
+
+
+def _settings(model: dict[str, Any]) -> str:
+    return ", ".join(f"{key} {value:g}" for key, value in model.items() if key not in ("kind", "validation_accuracy"))
+
+
+def _tuning(card: _Card) -> str:
+    """What the search on held-out training images tried, and its best."""
+    tuned, entry = card.results["tuned"], card.recipe["entry"]
+    solved = [tried for tried in tuned["tried"] if tried["validation_accuracy"] is not None]
+    best = sorted(solved, key=lambda tried: -tried["validation_accuracy"])[:TUNED_SHOWN]
+    lines = [
+        f"{len(tuned['tried'])} settings were solved on {tuned['training_images']:,} training images and measured on "
+        f"{tuned['validation_images']:,} held-out ones, never on the test images, in {duration(tuned['seconds'])}. The best, "
+        f"{_settings(tuned['settings'])}, solved again on all of them, gives **{tuned['accuracy']:.2f}** on the test images: "
+        f"`pizoo verify {entry}/{TUNED}`, [its own card]({TUNED}/README.md). The best {len(best)} (`results.json` has all):",
+        "",
+        "| settings | validation accuracy |\n| --- | --- |",
+        *(f"| {_settings(tried)} | {tried['validation_accuracy']:.2f} |" for tried in best),
+    ]
+    return "\n".join(lines)

@@ -6,6 +6,7 @@ A shipped net::
     model.safetensors   its state
     probe.safetensors   a few dozen inputs with the net's logits: checks the weights in a second, without a data set
     results.json        the recorded numbers
+    correct.safetensors which test images were classified correctly, by the shipped net and by every seed's
 
 A net while it trains (and after: any epoch can be loaded)::
 
@@ -25,10 +26,11 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+import warnings
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -37,22 +39,28 @@ from torch import Tensor, nn
 
 from pizoo import models
 from pizoo.data import Dataset
-from pizoo.models.base import persistent_tensors
-from pizoo.rows import Rows
+from pizoo.memory import HEADROOM, NotEnoughMemory, free_memory, is_out_of_memory
+from pizoo.models.base import check_state, persistent_tensors
+from pizoo.rows import Rows, check_place
 
 FORMAT = 1
 PROBE_INPUTS = 32
-CONFIG, MANIFEST, MODEL, PROBE, RESULTS = (
+CONFIG, MANIFEST, MODEL, PROBE, RESULTS, CORRECT = (
     "config.json",
     "checkpoint.json",
     "model.safetensors",
     "probe.safetensors",
     "results.json",
+    "correct.safetensors",
 )
+SHIPPED = "shipped"  # in CORRECT: the shipped net, beside those of the seeds
 LOCK = "train.lock"
-RowBlock = tuple[Tensor, Tensor, Tensor]  # A, B, amult of some of a layer's rows, the decay factor multiplied in
+CPU = torch.device("cpu")
+READ_BYTES = 1 << 26  # of rows at once, from a file into the storage reserved for them
 NETWORKS = {cls.__name__: cls for cls in (models.InfPiMLP, models.FinPiMLP, models.MuMLP)}
-REGRESSORS = {cls.__name__: cls for cls in (models.NNGPRegressor, models.NTKRegressor)}
+KERNELS = {
+    cls.__name__: cls for cls in (models.NNGPRegressor, models.NTKRegressor, models.NNGPLearner, models.NTKLearner)
+}
 
 
 class CheckpointError(RuntimeError):
@@ -118,15 +126,22 @@ def read_json(path: Path) -> Any:
         raise CheckpointError(f"{path} is not valid JSON ({error}): it is damaged") from None
 
 
-def read_tensors(path: Path, digest: str | None = None) -> dict[str, Tensor]:
-    """Read a safetensors file.
+def read_tensors(path: Path, digest: str | None = None, leave: Callable[[str], bool] = lambda name: False):
+    """Read a safetensors file: its tensors by name.
 
     Args:
         digest: the SHA-256 it must have; None: not checked.
+        leave: which tensors to leave in the file.
 
     Raises:
         CheckpointError: no such file, a Git LFS pointer in its place, another digest, not safetensors.
     """
+    with opened(check_file(path, digest)) as file:
+        return {name: file.get_tensor(name) for name in file.keys() if not leave(name)}  # noqa: SIM118 (not a dict)
+
+
+def check_file(path: Path, digest: str | None = None) -> Path:
+    """The path; CheckpointError unless the file is there, itself and not a pointer, with this SHA-256 (None: any)."""
     if not path.is_file():
         raise CheckpointError(f"{path} is missing; the checkpoint cannot be loaded without it")
     with open(path, "rb") as file:
@@ -136,9 +151,15 @@ def read_tensors(path: Path, digest: str | None = None) -> dict[str, Tensor]:
         raise CheckpointError(
             f"{path} has SHA-256 {found[:16]}…, recorded was {digest[:16]}…: it is damaged or another file"
         )
+    return path
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[Any]:
+    """A safetensors file to read from; CheckpointError if it is none, or lacks what is asked for."""
     try:
         with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+            yield file
     except SafetensorError as error:
         raise CheckpointError(
             f"{path} is not a readable safetensors file ({error}): it is truncated or damaged"
@@ -199,10 +220,10 @@ def build(description: Mapping[str, Any], device=None, dtype: torch.dtype | None
     """
     name, hparams = description.get("class"), description.get("hparams", {})
     try:
-        if name in REGRESSORS:
-            return REGRESSORS[name](**hparams).to(device)
+        if name in KERNELS:
+            return KERNELS[name](**hparams).to(device)
         if name not in NETWORKS:
-            known = ", ".join((*NETWORKS, *REGRESSORS))
+            known = ", ".join((*NETWORKS, *KERNELS))
             raise CheckpointError(f"the checkpoint is of a {name!r}; this version of pizoo knows {known}")
         options: dict[str, Any] = {"device": device, "dtype": dtype}
         if name == "InfPiMLP" and dtype is None and "rows_dtype" in description:
@@ -218,11 +239,18 @@ def packed(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {**state, **{name: tensor for name, tensor in short.items() if torch.equal(tensor.float(), state[name])}}
 
 
-def save(folder: Path, model: nn.Module, config: Mapping[str, Any], probe_x: Tensor, probe_logits: Tensor) -> None:
+def save(
+    folder: Path,
+    model: nn.Module,
+    config: Mapping[str, Any],
+    probe: Mapping[str, Tensor],
+) -> None:
     """Write a shipped checkpoint: weights, probe, and ``config`` completed by what builds and checks the net.
 
     Args:
-        probe_x, probe_logits: inputs as the net takes them [n, ...] and its logits [n, classes].
+        probe: ``x``, inputs as the net takes them [n, ...], and ``logits`` [n, classes], its own there. Of a kernel regressor
+            also ``train_x``, the first of its training inputs [m, ...]: the logits are what these contribute. Of what learns
+            tasks also ``support_x`` and ``support_y``, to which it is adapted first.
     """
     folder.mkdir(parents=True, exist_ok=True)
     # A disk that fills up leaves an older checkpoint whole; a kill between the renames leaves digests that do not fit.
@@ -230,7 +258,7 @@ def save(folder: Path, model: nn.Module, config: Mapping[str, Any], probe_x: Ten
         staged = Path(scratch)
         digests = {
             MODEL: write_tensors(staged / MODEL, packed(model.state_dict())),
-            PROBE: write_tensors(staged / PROBE, {"x": probe_x, "logits": probe_logits}),
+            PROBE: write_tensors(staged / PROBE, probe),
         }
         write_json(staged / CONFIG, complete(config, model, digests))
         for name in (MODEL, PROBE, CONFIG):
@@ -242,11 +270,35 @@ def save(folder: Path, model: nn.Module, config: Mapping[str, Any], probe_x: Ten
 def save_with_probe(
     folder: Path, model: nn.Module, config: Mapping[str, Any], dataset: Dataset, normalize: Callable[..., Tensor]
 ) -> None:
-    """:func:`save` with the first inputs of the data set's test part (its training part if it has none) as the probe."""
+    """:func:`save` with the first inputs of the data set's test part (its training part if it has none) as the probe.
+
+    A kernel regressor's probe holds the first training inputs as well: with them it checks the kernel and their dual
+    coefficients where the training inputs are not at hand.
+    """
     x = dataset.train_x if dataset.test_x is None else dataset.test_x
     anchor = next(iter((*model.parameters(), *model.buffers())))
-    probe = normalize(x[:PROBE_INPUTS].to(anchor.device), anchor.dtype)
-    save(folder, model, config, probe, model.eval()(probe))
+    dtype = (
+        torch.float32 if anchor.dtype == torch.float64 else anchor.dtype
+    )  # float64 would double the file for nothing
+    probe = {"x": normalize(x[:PROBE_INPUTS].to(anchor.device), dtype)}
+    if isinstance(model, models.KernelRegressor):
+        probe["train_x"] = normalize(dataset.train_x[:PROBE_INPUTS].to(anchor.device), dtype)
+    save(folder, model, config, {**probe, "logits": probe_logits(model.eval(), **probe)})
+
+
+@torch.no_grad()
+def probe_logits(model: nn.Module, x: Tensor, train_x: Tensor | None = None) -> Tensor:
+    """What a net gives for a probe: the logits of x [n, ...], or of a kernel regressor what ``train_x`` contributes."""
+    anchor = next(iter((*model.parameters(), *model.buffers())))
+    x = x.to(anchor.device, anchor.dtype)
+    if train_x is None:
+        return model(x)
+    return model.scores(x.flatten(1), train_x.to(anchor.device, anchor.dtype).flatten(1))
+
+
+def seed_key(seed: int) -> str:
+    """What a seed's net is called in CORRECT, and the folder of its training among those of other seeds."""
+    return f"seed-{seed}"
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -276,68 +328,143 @@ def _check_format(path: Path, found: Any, *keys: str) -> None:
 
 
 def load(
-    folder: Path, epoch: int | None = None, device=None, dtype: torch.dtype | None = None
+    folder: Path, epoch: int | None = None, device=None, dtype: torch.dtype | None = None, rows_on: str = "auto"
 ) -> tuple[nn.Module, dict[str, Any]]:
     """Load a net and its ``config.json`` from a shipped or a training checkpoint.
 
     Args:
-        epoch: of a training checkpoint, the epoch to load; None: the last.
+        epoch: of a training checkpoint, the epoch to load; None: the one its training chose, else the last.
         dtype: None: float32, rows as stored.
+        rows_on: where rows of growing layers are kept: "device", "host" (they stream from there), or "auto": on the host
+            where the device, a GPU, has no room for them.
 
     Raises:
         CheckpointError: anything missing, damaged, or of another architecture than its config says.
+        NotEnoughMemory: rows that, with "auto", fit nowhere.
+        ValueError: another ``rows_on``.
     """
+    check_place(rows_on, "auto")
     folder = Path(folder)
     config = read_config(folder)
-    if _in_training(folder, epoch):
-        state = read_epoch(folder, epoch).model_state
-    else:
-        state = read_tensors(folder / MODEL, config["pizoo"]["files"].get(MODEL))
-    return _built(folder, config, state, device, dtype), config
-
-
-def load_streamed(
-    folder: Path, epoch: int | None = None, device=None
-) -> tuple[nn.Module, dict[str, Any], dict[str, list[RowBlock]]]:
-    """As :func:`load`, but the rows of a training checkpoint stay in their files, to be read block by block.
-
-    Returns:
-        the net, of a training checkpoint with its first rows only; its config; per growing layer all its rows.
-
-    Raises:
-        CheckpointError: as :func:`load`.
-    """
-    folder = Path(folder)
-    if not _in_training(folder, epoch):
-        model, config = load(folder, device=device)
-        return model, config, {name: [layer.block] for name, layer in growing_layers(model).items()}
-    config, found = read_config(folder), read_epoch(folder, epoch)
-    rows = {layer: found.rows(layer) for layer in found.stored}
-    first = {
-        f"{layer}.{name}": tensor
-        for layer, blocks in rows.items()
-        for name, tensor in zip(("A", "B", "amult"), blocks[0], strict=True)
-    }
-    return _built(folder, config, found.dense | first, device), config, rows
-
-
-def _in_training(folder: Path, epoch: int | None) -> bool:
-    """Whether to load from a folder's training checkpoint, not its shipped net; CheckpointError for an epoch of the latter."""
-    training = (folder / MANIFEST).exists() and (epoch is not None or not (folder / MODEL).exists())
-    if epoch is not None and not training:
-        raise CheckpointError(f"{folder} holds one net, not epochs: epoch={epoch} cannot be loaded from it")
-    return training
-
-
-def _built(folder: Path, config: Mapping[str, Any], state: Mapping[str, Tensor], device, dtype=None) -> nn.Module:
     model = build(config["pizoo"], device, dtype)
+    layers = growing_layers(model)
+    if (folder / MANIFEST).exists() and (epoch is not None or not (folder / MODEL).exists()):
+        chosen = read_manifest(folder).get("chosen")
+        state = read_epoch(folder, chosen if epoch is None else epoch).state
+    elif epoch is not None:
+        raise CheckpointError(f"{folder} holds one net, not epochs: epoch={epoch} cannot be loaded from it")
+    else:
+        state = _read_shipped(folder / MODEL, config["pizoo"]["files"].get(MODEL), layers)
+    if rows_on == "auto":
+        rows_on = _roomy_place(layers, state, str(folder))
+    for layer in layers.values():
+        layer.keep_rows_on(rows_on)
     try:
-        model.load_state_dict(state)
+        state.fill(model)
     except RuntimeError as error:
+        if is_out_of_memory(error):
+            raise
         raise CheckpointError(f"{folder} does not hold what its {CONFIG} says: {error}") from None
     if "compacted" in config["pizoo"]:
         model.compacted = config["pizoo"]["compacted"]
-    return model.eval()
+    return model.eval(), config
+
+
+class State(NamedTuple):
+    """A net's state as it lies in files. Rows, where nearly all of it is, are read when they are put into a net.
+
+    Attributes:
+        tensors: all of ``state_dict`` but growing layers' ``A``, ``B`` and ``amult``.
+        stored: name of a growing layer -> (amult as stored, decay).
+        segments: files that hold ``A`` and ``B`` of rows, one after the other.
+    """
+
+    tensors: dict[str, Tensor]
+    stored: dict[str, tuple[Tensor, float]]
+    segments: list[Path]
+
+    @torch.no_grad()
+    def fill(self, model: nn.Module) -> None:
+        """Put it into ``model``, to the bit. Rows go straight into the layers' storage: room reserved there is kept.
+
+        Raises:
+            RuntimeError: a state of another net; the model is left as it was.
+            CheckpointError: a segment that cannot be read.
+        """
+        if not self.stored:
+            model.load_state_dict(self.tensors)
+            return
+        amults = {f"{name}.amult": amult for name, (amult, _) in self.stored.items()}
+        check_state(model, self.tensors | amults | self._row_shapes())
+        model.load_state_dict(self.tensors, strict=False)
+        layers = growing_layers(model)
+        for name, layer in layers.items():
+            layer.reserve(len(self.stored[name][0]))
+        held = dict.fromkeys(layers, 0)
+        for path in self.segments:
+            with opened(path) as file:
+                names = set(file.keys())
+                for name, layer in layers.items():
+                    if f"{name}.A" in names:
+                        held[name] += _read_rows(file, name, layer, self.stored[name][0], held[name])
+        for name, layer in layers.items():
+            amult, decay = self.stored[name]
+            layer.grown(len(amult), decay)
+
+    def _row_shapes(self) -> dict[str, Tensor]:
+        """``A`` and ``B`` of all layers, their segments joined, without their values."""
+        parts: dict[str, list[Tensor]] = {}
+        for path in self.segments:
+            with opened(path) as file:
+                for layer in self.stored:
+                    for name in {f"{layer}.A", f"{layer}.B"}.intersection(file.keys()):
+                        parts.setdefault(name, []).append(torch.empty(file.get_slice(name).get_shape(), device="meta"))
+        return {name: torch.cat(shapes) for name, shapes in parts.items()}
+
+
+def _read_rows(file: Any, name: str, layer: Rows, amult: Tensor, first: int) -> int:
+    """Read a segment's rows of a layer into its storage, from row ``first`` on; returns how many there are."""
+    A, B = (file.get_slice(f"{name}.{part}") for part in ("A", "B"))
+    row_bytes = sum(storage.shape[1] * storage.element_size() for storage in layer.storages[:2])
+    count, at_once = A.get_shape()[0], max(1, READ_BYTES // row_bytes)
+    for start in range(0, count, at_once):
+        stop = min(start + at_once, count)
+        layer.put(first + start, A[start:stop], B[start:stop], amult[first + start : first + stop])
+    return count
+
+
+def _read_shipped(path: Path, digest: str | None, layers: Mapping[str, Rows]) -> State:
+    """The state in a shipped net's one file."""
+    parts = {f"{name}.{part}" for name in layers for part in ("A", "B")}
+    tensors = read_tensors(path, digest, leave=parts.__contains__)
+    amults = {name: tensors.pop(f"{name}.amult") for name in layers if f"{name}.amult" in tensors}
+    return State(tensors, {name: (amult, 1.0) for name, amult in amults.items()}, [path] if layers else [])
+
+
+def _roomy_place(layers: Mapping[str, Rows], state: State, name: str) -> str:
+    """Where there is room for the rows of ``state``: "device", or, with a warning, "host"; NotEnoughMemory if nowhere."""
+    needed = sum(
+        len(state.stored[layer][0]) * part.shape[1] * part.element_size()
+        for layer, rows in layers.items()
+        if layer in state.stored
+        for part in (rows.A, rows.B)
+    )
+    device = next((rows.device for rows in layers.values()), CPU)
+    free = free_memory(device)
+    if needed + (HEADROOM if device.type == "cuda" else 0) <= free:
+        return "device"
+    if needed > (on_host := free_memory(CPU)):
+        raise NotEnoughMemory(
+            f"{name} needs {needed / 2**30:.1f} GiB for its rows; {free / 2**30:.1f} GiB are free on {device}, "
+            f"{on_host / 2**30:.1f} on the host"
+        )
+    warnings.warn(
+        f"{name}: {needed / 2**30:.1f} GiB of rows do not fit the GPU, where {free / 2**30:.1f} GiB are free: they stay in "
+        "host memory and stream from there in every pass, far slower",
+        RuntimeWarning,
+        stacklevel=4,
+    )
+    return "host"
 
 
 # ---------------------------------------------------------------------------------------------------- training
@@ -348,47 +475,19 @@ class Epoch:
 
     Attributes:
         record: its entry in the manifest (epoch, step, metrics, ...).
-        dense: the part of its net's ``state_dict`` that is not rows.
-        stored: name of a growing layer -> (amult as stored, decay): resuming goes on from these, bit for bit.
+        state: of its net: ``state.fill(model)`` makes ``model`` that net, bit for bit.
         optimizer: tensors of the optimizer, by name.
     """
 
-    def __init__(self, record: dict[str, Any], tensors: dict[str, Tensor], segments: list[dict[str, Tensor]]):
+    def __init__(self, record: dict[str, Any], tensors: dict[str, Tensor], segments: list[Path]):
         self.record = record
         parts = {"model": {}, "amult": {}, "decay": {}, "optimizer": {}}
         for name, tensor in tensors.items():
             kind, _, rest = name.partition("/")
             parts[kind][rest] = tensor
         self.optimizer: dict[str, Tensor] = parts["optimizer"]
-        self.stored = {layer: (amult, parts["decay"][layer].item()) for layer, amult in parts["amult"].items()}
-        self.dense: dict[str, Tensor] = parts["model"]
-        self._segments = segments
-
-    def rows(self, layer: str) -> list[RowBlock]:
-        """The rows of a growing layer, a block per segment, ``amult`` with the decay factor multiplied in.
-
-        ``A`` and ``B`` are views of the files, read when they are used: they hold no memory that the system cannot take back.
-
-        Raises:
-            CheckpointError: the segments hold other rows than the state says.
-        """
-        amult, decay = self.stored[layer]
-        parts = [(s[f"{layer}.A"], s[f"{layer}.B"]) for s in self._segments if f"{layer}.A" in s]
-        counts = [len(A) for A, _ in parts]
-        if sum(counts) != len(amult):
-            raise CheckpointError(
-                f"{layer}: the segments hold {sum(counts)} rows, the state {len(amult)}: it is damaged"
-            )
-        return [(A, B, part) for (A, B), part in zip(parts, (amult * decay).split(counts), strict=True)]
-
-    @property
-    def model_state(self) -> dict[str, Tensor]:
-        """``state_dict`` of its net."""
-        state = dict(self.dense)
-        for layer in self.stored:
-            joined = (torch.cat(parts) for parts in zip(*self.rows(layer), strict=True))
-            state |= {f"{layer}.{name}": tensor for name, tensor in zip(("A", "B", "amult"), joined, strict=True)}
-        return state
+        stored = {layer: (amult, parts["decay"][layer].item()) for layer, amult in parts["amult"].items()}
+        self.state = State(parts["model"], stored, segments)
 
 
 @contextmanager
@@ -422,7 +521,7 @@ def start_training(folder: Path, model: nn.Module, config: Mapping[str, Any]) ->
     """Begin a training checkpoint in an empty folder: config, first segment, manifest."""
     write_json(folder / CONFIG, complete(config, model, {}))
     manifest = {"format": FORMAT, "epochs": [], "segments": []}
-    _write_segment(folder, model, manifest)
+    _write_segment(folder, *_new_rows(model, manifest), manifest)
     _write_manifest(folder, manifest)
 
 
@@ -431,38 +530,51 @@ def save_epoch(
     model: nn.Module,
     record: Mapping[str, Any],
     optimizer: Mapping[str, Tensor],
-    keep_states: bool,
+    keep: Collection[int] | None = None,
+    chosen: int | None = None,
+    submit: Callable[[Callable[[], None]], None] = lambda work: work(),
 ) -> None:
     """Add an epoch: a segment with the rows appended since the last, a state file, then the manifest that names them.
 
     Args:
         record: JSON values to keep with it; ``record["epoch"]`` numbers it.
         optimizer: tensors of the optimizer, by name.
-        keep_states: keep earlier epochs loadable; False (finite nets, whose state is the whole net) removes their files
-            and keeps their records.
+        keep: earlier epochs to keep loadable; None: all. Of others the files are removed and the records kept (finite nets,
+            whose state is the whole net).
+        chosen: the epoch that :func:`load` is to give when not told which; None: the last.
+        submit: takes the writing, which may be done while the net trains on, but before the next epoch is saved.
     """
     manifest = read_manifest(folder)
-    _write_segment(folder, model, manifest)
+    new_rows, ranges = _new_rows(model, manifest)
     layers = growing_layers(model)
     rows = {f"{name}.{part}" for name in layers for part in ("A", "B", "amult")}
     tensors = {f"model/{name}": tensor for name, tensor in persistent_tensors(model) if name not in rows}
     tensors |= {f"amult/{name}": layer.stored_amult for name, layer in layers.items()}
     tensors |= {f"decay/{name}": torch.tensor(layer.decay, dtype=torch.float64) for name, layer in layers.items()}
     tensors |= {f"optimizer/{name}": tensor for name, tensor in optimizer.items()}
-    state = f"state-{record['epoch']:05d}.safetensors"
-    entry = {
-        **record,
-        "state": {"file": state, "sha256": write_tensors(folder / state, tensors)},
-        "segments": len(manifest["segments"]),
-    }
-    if not keep_states:
-        manifest["epochs"] = [{**old, "state": None} for old in manifest["epochs"]]
-    manifest["epochs"].append(entry)
-    _write_manifest(folder, manifest)
-    if not keep_states:
-        for file in folder.glob("state-*.safetensors"):
-            if file.name != state:
-                file.unlink()
+    tensors = {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
+
+    def write() -> None:
+        _write_segment(folder, new_rows, ranges, manifest)
+        state = f"state-{record['epoch']:05d}.safetensors"
+        entry = {
+            **record,
+            "state": {"file": state, "sha256": write_tensors(folder / state, tensors)},
+            "segments": len(manifest["segments"]),
+        }
+        if keep is not None:
+            manifest["epochs"] = [old if old["epoch"] in keep else {**old, "state": None} for old in manifest["epochs"]]
+        manifest["epochs"].append(entry)
+        if chosen is not None:
+            manifest["chosen"] = chosen
+        _write_manifest(folder, manifest)
+        if keep is not None:
+            held = {record["state"]["file"] for record in manifest["epochs"] if record["state"]}
+            for file in folder.glob("state-*.safetensors"):
+                if file.name not in held:
+                    file.unlink()
+
+    submit(write)
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -494,20 +606,28 @@ def read_epoch(folder: Path, epoch: int | None = None) -> Epoch:
             held = f"epochs {first} to {last}" if last > first else f"epoch {last} alone"
             raise CheckpointError(f"{folder} holds {held}; epoch={epoch} is not there")
         record = records[wanted]
-        segments = [read_tensors(folder / s["file"], s["sha256"]) for s in manifest["segments"][: record["segments"]]]
+        entries = manifest["segments"][: record["segments"]]
+        segments = [check_file(folder / entry["file"], entry["sha256"]) for entry in entries]
         return Epoch(record, read_tensors(folder / record["state"]["file"], record["state"]["sha256"]), segments)
     except (KeyError, TypeError) as error:
         raise CheckpointError(f"{folder / MANIFEST} lacks something ({error!r}): it is damaged") from None
 
 
-def _write_segment(folder: Path, model: nn.Module, manifest: dict[str, Any]) -> None:
-    """Write the rows no segment holds yet, if there are any, and enter them into the manifest."""
+def _new_rows(model: nn.Module, manifest: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, list[int]]]:
+    """The rows no segment holds yet, in host memory, and their range in each layer. Stored rows never change."""
     tensors, ranges = {}, {}
     for name, layer in growing_layers(model).items():
         held = max((s["rows"][name][1] for s in manifest["segments"] if name in s["rows"]), default=0)
         if layer.count > held:
-            tensors |= {f"{name}.A": layer.A[held:], f"{name}.B": layer.B[held:]}
+            tensors |= {f"{name}.{part}": rows[held:].detach().cpu() for part, rows in (("A", layer.A), ("B", layer.B))}
             ranges[name] = [held, layer.count]
+    return tensors, ranges
+
+
+def _write_segment(
+    folder: Path, tensors: Mapping[str, Tensor], ranges: Mapping[str, list[int]], manifest: dict[str, Any]
+) -> None:
+    """Write new rows, if there are any, and enter them into the manifest."""
     if tensors:
         file = f"rows-{len(manifest['segments']):05d}.safetensors"
         manifest["segments"].append({"file": file, "sha256": write_tensors(folder / file, tensors), "rows": ranges})

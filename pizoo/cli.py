@@ -1,11 +1,12 @@
-"""The command line: ``pizoo list | train | evaluate | predict | verify | reproduce | compact | data``."""
+"""The command line: ``pizoo list | train | evaluate | predict | verify | reproduce | compact | card | data``."""
 
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any, Literal, NoReturn
 
 import typer
 from rich import box
@@ -33,6 +34,12 @@ Device = Annotated[str | None, typer.Option(help="cpu or cuda (a GPU if there is
 Set = Annotated[
     list[str] | None, typer.Option("--set", help="Override a recipe's key: train.epochs=1. May be repeated.")
 ]
+RowsOn = Annotated[
+    str,
+    typer.Option(
+        help="Where an infinite net keeps its rows: device, host (they stream to the GPU), or auto: on the GPU if they fit."
+    ),
+]
 EXIT_MISMATCH, EXIT_USAGE, EXIT_NOT_RUN = 1, 2, 3
 NAME_WIDTH, COLUMN_WIDTH = (
     13,
@@ -48,12 +55,14 @@ def list_command(pattern: Annotated[str, typer.Argument(help="Glob pattern.")] =
     rows = []
     for entry in _entries([pattern]):
         config, results = zoo.config(entry), zoo.card(entry) / checkpoint.RESULTS
-        recorded = checkpoint.read_json(results)["accuracy"] if results.exists() else None
+        recorded = checkpoint.read_json(results) if results.exists() else {}
+        split = f" ({recorded['split']})" if "split" in recorded else ""
         timm_name = f"{config['architecture']}.{config['pretrained_cfg']['tag']}" if config["architecture"] else "–"
         published = config["recipe"]["published"]
         held = "here, compact" if config["pizoo"].get("compacted") else "here"
         weights = held if zoo.has_weights(entry) else "none: train it"
-        rows.append((entry, timm_name, _percent(recorded), _percent(published and published["accuracy"]), weights))
+        accuracy = _percent(recorded.get("accuracy")) + split
+        rows.append((entry, timm_name, accuracy, _percent(published and published["accuracy"]), weights))
     _print_table(("entry", "timm name", "accuracy", "published", "weights"), rows)
 
 
@@ -62,64 +71,111 @@ def train(
     recipe: Annotated[str, typer.Argument(help="An entry's name, or a recipe file.")],
     out_dir: Annotated[Path | None, typer.Option("--out", help="Folder for checkpoint and log (runs/ENTRY).")] = None,
     set_: Set = None,
+    seeds: Annotated[
+        str | None, typer.Option(help="Train several, each in its own folder under --out: 0-2 or 0,3,7.")
+    ] = None,
     data: Data = None,
     device: Device = None,
+    rows_on: RowsOn = "auto",
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Only say what it would take: rows, memory, time.")
     ] = False,
 ) -> None:
     """Train a recipe. Run again with the same folder, it goes on where it was stopped."""
     from pizoo.recipes import load_recipe
-    from pizoo.training.supervised import train as run
+    from pizoo.training.seeds import parse_seeds, run_seeds
+    from pizoo.training.train import train as run
 
     loaded = load_recipe(recipe, set_ or ())
     if dry_run:
-        _print_plan(loaded, data, device)
+        _print_plan(loaded, data, device, rows_on)
         return
     folder = out_dir or Path("runs") / loaded.entry
+    options = {"data_dir": data, "device": device, "rows_on": rows_on, "progress": err.is_terminal}
     try:
-        result = run(loaded, folder, data_dir=data, device=device, progress=err.is_terminal)
+        if seeds is not None:
+            results = run_seeds(loaded, parse_seeds(seeds), folder, **options)
+            rows = [(f"seed {one['seed']}", one) for one in results["seeds"]]
+        else:
+            results = run(loaded, folder, **options).results
+            rows = [(loaded.entry, results)]
     except KeyboardInterrupt:
         err.print(f"interrupted; the same command goes on after the last finished epoch in {folder}", soft_wrap=True)
         raise typer.Exit(130) from None
-    results = result.results
-    best = results.get("best_epoch")
-    row = (
-        loaded.entry,
-        _percent(results.get("accuracy")),
-        f"{_percent(best['accuracy'])} (epoch {best['epoch']})" if best and loaded.train else "–",
-        f"{results['train_seconds']:.1f} s",
-        f"{results['peak_memory_bytes'] / 2**20:.0f} MiB",
-    )
-    _print_table(("entry", "test accuracy", "best epoch (test-selected)", "training time", "peak memory"), [row])
+    part, best = (loaded.tasks.headline if loaded.tasks else "test"), rows[0][1].get("best_epoch")
+    if loaded.tasks:
+        _print_splits([(name, one["splits"]) for name, one in rows], part)
+    chosen = f"best epoch ({best['note']})" if best and loaded.train else "best epoch"
+    columns = ("entry", f"{part} accuracy", chosen, "training time", "wall time", "peak memory")
+    _print_table(columns, [(name, *_training_cells(one, loaded.train is not None)) for name, one in rows])
+    if seeds is not None:
+        out.print(f"{loaded.entry}: {_mean(results)}", soft_wrap=True)
     out.print(f"checkpoint and log: {folder}", markup=False, soft_wrap=True)
 
 
-def _print_plan(recipe: Any, data: Path | None, device: str | None) -> None:
+def _training_cells(results: dict[str, Any], has_epochs: bool) -> tuple[str, ...]:
+    """What a training is shown by, beside its name."""
+    best = results.get("best_epoch")
+    return (
+        _percent(results.get("accuracy")),
+        f"{_percent(best['accuracy'])} (epoch {best['epoch']})" if best and has_epochs else "–",
+        f"{results['train_seconds']:.1f} s",
+        f"{results['wall_seconds']:.1f} s",
+        f"{results['peak_memory_bytes'] / 2**20:.0f} MiB",
+    )
+
+
+def _mean(results: dict[str, Any]) -> str:
+    """Several seeds in a line."""
+    runs, error = len(results["seeds"]), results["standard_error"]
+    told = f"{_percent(results['mean_accuracy'])} %"
+    if error is not None:
+        told = f"{_percent(results['mean_accuracy'])} ± {error:.2f} %, {runs} runs"
+        told += f" from {_percent(results['lowest_accuracy'])} to {_percent(results['highest_accuracy'])}"
+    return told
+
+
+def _print_plan(recipe: Any, data: Path | None, device: str | None, rows_on: str) -> None:
     """What training a recipe would take, as a table."""
+    from pizoo.cards import duration
     from pizoo.evaluation.accuracy import choose_device
-    from pizoo.training.plan import plan
+    from pizoo.training.plan import plan, samples_per_epoch
 
     if recipe.train is None:
-        raise ValueError(f"{recipe.entry} is solved, not trained: there is no training to plan")
-    planned = plan(recipe, len(recipe.data.load(data).train_x), choose_device(device), estimate_time=True)
+        raise ValueError(f"{recipe.entry} is a kernel, which is not trained: there is no training to plan")
+    samples = samples_per_epoch(recipe) if recipe.tasks else len(recipe.data.load(data).train_x)
+    planned = plan(recipe, samples, choose_device(device), estimate_time=True, rows_on=rows_on)
     row = (
         recipe.entry,
         f"{planned.steps:,}",
         f"{planned.rows:,}" if planned.rows else "–",
+        planned.rows_on if planned.rows else "–",
         f"{planned.needed / 2**30:.2f} GiB",
         f"{planned.available / 2**30:.1f} GiB",
-        "–" if planned.seconds is None else f"about {_duration(planned.seconds)}",
+        "–" if planned.seconds is None else f"about {duration(planned.seconds)}",
     )
-    _print_table(("entry", "steps", "rows a layer", "memory needed", "free", "time"), [row])
+    columns = ("entry", "steps", "rows a layer", "rows on", "memory needed", "free", "time")
+    _print_table(columns, [row], caption=None)
+    if planned.rows_on == "host":
+        out.print(planned.streaming(recipe.entry), markup=False, soft_wrap=True)
     planned.check(recipe.entry)
 
 
-def _duration(seconds: float) -> str:
-    for unit, size in (("days", 86_400), ("hours", 3600), ("min", 60)):
-        if seconds >= 2 * size:
-            return f"{seconds / size:.1f} {unit}"
-    return f"{seconds:.0f} s"
+def _print_splits(rows: Iterable[tuple[str, dict[str, Any]]], headline: str) -> None:
+    """Few-shot accuracy of nets on every split, the entry's own number marked."""
+    from pizoo.evaluation.fewshot import TaskAccuracy
+
+    cells = []
+    for name, splits in rows:
+        for split, values in splits.items():
+            found, mark = TaskAccuracy(**values), " (the entry's number)" if split == headline else ""
+            accuracy = _percent(found.accuracy) + _plus_minus(found.half_width)
+            cells.append((name, split + mark, f"{found.tasks:,}", accuracy))
+    _print_table(("entry", "classes", "tasks", "accuracy (95 %)"), cells)
+
+
+def _plus_minus(half_width: float | None) -> str:
+    return "" if half_width is None else f" ± {half_width:.2f}"
 
 
 @app.command()
@@ -127,12 +183,19 @@ def evaluate(
     entry: Annotated[str, typer.Argument(help="An entry's name, or the folder of a checkpoint.")],
     data: Data = None,
     device: Device = None,
-    epoch: Annotated[int | None, typer.Option(help="Epoch of a training checkpoint (the last).")] = None,
+    epoch: Annotated[
+        int | None, typer.Option(help="Epoch of a training checkpoint (the one it chose, else the last).")
+    ] = None,
+    tasks: Annotated[int | None, typer.Option(min=1, help="Tasks of each split, for a few-shot learner.")] = None,
+    rows_on: RowsOn = "auto",
 ) -> None:
-    """Measure the test accuracy of an entry or a checkpoint."""
+    """Measure the test accuracy of an entry or a checkpoint; of a few-shot learner on four splits."""
     from pizoo.evaluation.entries import evaluate as run
 
-    result = run(entry, data_dir=data, device=device, epoch=epoch)
+    result = run(entry, data_dir=data, device=device, epoch=epoch, rows_on=rows_on, tasks=tasks)
+    if "splits" in result:
+        _print_splits([(entry, result["splits"])], result["split"])
+        return
     row = (
         entry,
         f"{result['data']} test",
@@ -149,13 +212,14 @@ def predict(
     images: Annotated[list[Path], typer.Argument(help="Image files.", exists=True, dir_okay=False)],
     device: Device = None,
     top: Annotated[int, typer.Option(min=1, help="Classes to show per image.")] = 3,
+    rows_on: RowsOn = "auto",
 ) -> None:
     """Classify image files, resized to the net's input size."""
     from pizoo.evaluation.entries import classify
 
     rows = [
         (str(image), *(escape(f"{name} {score:.3g}") for name, score in ranked))
-        for image, ranked in zip(images, classify(entry, images, device=device, top=top), strict=True)
+        for image, ranked in zip(images, classify(entry, images, device=device, top=top, rows_on=rows_on), strict=True)
     ]
     _print_table(("image", *(f"{i + 1}." for i in range(top))), rows)
 
@@ -169,10 +233,14 @@ def verify(
     quick: Annotated[
         bool,
         typer.Option(
-            help="Check the weights by a stored probe; needs no data set. Not for kernel entries whose training images do "
-            "not ship (cifar10_nngp, cifar10_ntk): they predict from those images, and are reported as not run."
+            help="Check the weights by a stored probe; needs no data set. Of kernel entries it checks what a few training "
+            "images contribute."
         ),
     ] = False,
+    images: Annotated[
+        int | None,
+        typer.Option(help="Measure on this many first test images only: a smaller check, for kernel entries on a CPU."),
+    ] = None,
     strict: Annotated[bool, typer.Option(help="Also fail when a training falls below the published number.")] = False,
 ) -> None:
     """Re-measure checkpoints: is each what it claims, and does our training reproduce the paper?
@@ -185,15 +253,19 @@ def verify(
     reports, rows = [], []
     for entry in _entries(entries):
         with err.status(f"verifying {entry}"):
-            report = run(entry, data, device, quick)
+            report = run(entry, data, device, quick, images)
         reports.append(report)
         probe = report.check == "probe"
-        mean = _percent(report.mean) + (f" ± {report.standard_error:.2f}" if report.standard_error is not None else "")
+        mean = _percent(report.mean) + _plus_minus(report.standard_error)
         row = (
             entry,
             {"verified": "[green]verified[/]", "mismatch": "[red]mismatch[/]"}.get(report.status, "[yellow]not run[/]"),
             "probe" if probe else _percent(report.recorded),
-            "–" if report.measured is None else f"off {report.measured:.0e}" if probe else _percent(report.measured),
+            "–"
+            if report.measured is None
+            else f"off {report.measured:.0e}"
+            if probe
+            else _percent(report.measured) + _plus_minus(report.half_width),
             mean,
             _percent(report.published),
             "–" if report.reproduction.startswith("no ") else report.reproduction,
@@ -202,7 +274,12 @@ def verify(
         rows.append(row)
     columns = ("entry", "checkpoint", "recorded", "measured", "mean", "published", "our training", "time")
     _print_table(columns, rows)
+    if images is not None:
+        out.print(f"of the first {images} test images, as recorded and as measured")
     for report in reports:
+        if report.half_width is not None:
+            told = f"measured on {report.check}, ± the 95 % interval; mean over seeds of all recorded tasks"
+            out.print(f"{report.entry}: {told}", markup=False, soft_wrap=True)
         if report.reason:
             out.print(f"{report.entry}: {report.reason}", markup=False, soft_wrap=True)
     if json_file is not None:
@@ -217,28 +294,64 @@ def verify(
 @app.command()
 def reproduce(
     entries: Annotated[list[str], typer.Argument(help="Entries or glob patterns, quoted: 'digits_*'.")],
-    runs: Annotated[Path, typer.Option(help="Folder for the trainings; finished ones are not run again.")] = Path(
-        "runs"
-    ),
-    cards: Annotated[Path, typer.Option(help="Folder to write the cards into.")] = Path("model_cards"),
-    seeds: Annotated[int | None, typer.Option(min=1, help="How many seeds (as the recipe says).")] = None,
+    runs: Annotated[
+        Path | None, typer.Option(help="Folder for the trainings (runs); finished ones are not run again.")
+    ] = None,
+    cards: Annotated[Path | None, typer.Option(help="Folder to write the cards into (model_cards).")] = None,
+    seeds: Annotated[str | None, typer.Option(help="Which seeds: 0-2 or 0,3,7 (as the recipe says).")] = None,
+    set_: Set = None,
     data: Data = None,
     device: Device = None,
 ) -> None:
-    """Make entries again from their recipes: train all seeds, ship one net, write its card."""
+    """Make entries again from their recipes: train all seeds, tune kernels, ship one net, verify it, write its card.
+
+    Exit code: 0 all verified, 1 a mismatch.
+    """
+    from pizoo.cards import duration, write_card
+    from pizoo.evaluation.verify import verify as check
     from pizoo.recipes import list_recipes, load_recipe
     from pizoo.training.reproduce import reproduce as run
+    from pizoo.training.seeds import parse_seeds
+    from pizoo.zoo import TUNED
+
+    if set_ and None in (runs, cards):
+        raise ValueError("--set makes other entries than the zoo's: give --cards and --runs of their own for them")
+    runs, cards = runs or Path("runs"), cards or Path("model_cards")
+    which = None if seeds is None else parse_seeds(seeds)
+    made, verified, seconds = _entries(entries, list_recipes()), True, 0.0
+    for entry in made:
+        card, options = cards / entry, {"data_dir": data, "device": device, "progress": err.is_terminal}
+        results = run(load_recipe(entry, set_ or ()), card, runs / entry, which, **options)
+        seconds += results["total_wall_seconds"]
+        tuned = f", tuned {_percent(results['tuned']['accuracy'])} %" if "tuned" in results else ""
+        reports = [check(folder, data, device) for folder in (card, *([card / TUNED] if tuned else []))]
+        verified = verified and all(report.status == "verified" for report in reports)
+        statuses = ", ".join(dict.fromkeys(report.status for report in reports))
+        time = duration(results["total_wall_seconds"])
+        out.print(f"{entry}: {_mean(results)}{tuned}; {statuses}; {time}; card in {card}", soft_wrap=True)
+    for entry in made:
+        write_card(cards / entry)  # once more: cards compare themselves with those beside them
+    if len(made) > 1:
+        out.print(f"all: trained, tuned and solved in {duration(seconds)}")
+    if not verified:
+        raise typer.Exit(EXIT_MISMATCH)
+
+
+@app.command()
+def card(
+    entries: Annotated[list[str], typer.Argument(help="Entries or glob patterns, quoted: 'digits_*'.")],
+    cards: Annotated[Path, typer.Option(help="Folder of the cards.")] = Path("model_cards"),
+) -> None:
+    """Write cards again from what they record and what their recipes say by now; nothing is trained or measured."""
+    from pizoo.cards import refresh
+    from pizoo.recipes import list_recipes, load_recipe
+    from pizoo.zoo import TUNED
 
     for entry in _entries(entries, list_recipes()):
-        recipe = load_recipe(entry)
-        which = None if seeds is None else range(seeds)
-        results = run(
-            recipe, cards / entry, runs / entry, which, data_dir=data, device=device, progress=err.is_terminal
-        )
-        spread = "" if results["standard_error"] is None else f" ± {results['standard_error']:.2f}"
-        out.print(
-            f"{entry}: {results['mean_accuracy']:.2f}{spread} %, {len(results['seeds'])} runs, card in {cards / entry}"
-        )
+        refresh(cards / entry, load_recipe(entry))
+        if (cards / entry / TUNED).is_dir():
+            refresh(cards / entry / TUNED, load_recipe(entry))
+        out.print(f"{entry}: card in {cards / entry}", soft_wrap=True)
 
 
 @app.command()
@@ -246,10 +359,14 @@ def compact(
     source: Annotated[str, typer.Argument(help="An entry's name, or the folder of a checkpoint.")],
     out_dir: Annotated[Path, typer.Option("--out", help="Folder for the compact checkpoint.")],
     rows: Annotated[
-        int | None, typer.Option(help="Rows of each hidden layer; the read-out gets a quarter (what --megabytes hold).")
+        int | None,
+        typer.Option(min=1, help="Rows of each hidden layer; the read-out gets a quarter (what --megabytes hold)."),
     ] = None,
-    megabytes: Annotated[float, typer.Option(help="Size of the file, at most.")] = 25.0,
-    steps: Annotated[int | None, typer.Option(help="Steps of distillation (10,000); 0 is quick.")] = None,
+    megabytes: Annotated[float, typer.Option(min=0.001, help="Size of the file, at most.")] = 25.0,
+    dtype: Annotated[
+        Literal["float16", "int8"], typer.Option(help="Of the rows; of int8 twice as many fit.")
+    ] = "float16",
+    steps: Annotated[int, typer.Option(min=0, help="Steps of distillation; 0 is quick.")] = 10_000,
     views: Annotated[int, typer.Option(min=1, help="Views of each image to fit to, mirrored and moved.")] = 6,
     curve: Annotated[bool, typer.Option("--curve", help="Measure smaller sizes as well, and draw them.")] = False,
     epoch: Annotated[int | None, typer.Option(help="Epoch of a training checkpoint (the last).")] = None,
@@ -257,28 +374,19 @@ def compact(
     device: Device = None,
 ) -> None:
     """Make a net that computes the same with fewer rows: one small file."""
-    from pizoo.compaction.full import STEPS
-    from pizoo.compaction.ship import compact_checkpoint
+    from pizoo.recipes import Compact
+    from pizoo.training.compact import compact_checkpoint
 
-    results = compact_checkpoint(
-        source,
-        out_dir,
-        rows,
-        megabytes=megabytes,
-        steps=STEPS if steps is None else steps,
-        views=views,
-        curve=curve,
-        epoch=epoch,
-        data_dir=data,
-        device=device,
-        progress=err.is_terminal,
-    )
-    full = results["full"]
-    table = [("full net", _counts(full["rows"]), "–", _percent(full["accuracy"]), "–")]
-    for point in results["compact"]["sizes"]:
-        size = f"{point['bytes'] / 1e6:.1f} MB"
-        found = (_percent(point.get("accuracy")), _percent(point["agreement"]))
-        table.append(("compact", _counts(point["rows"]), size, *found))
+    settings = Compact(megabytes=megabytes, rows=rows, dtype=dtype, steps=steps, views=views)
+    options = {"epoch": epoch, "data_dir": data, "device": device, "progress": err.is_terminal}
+    results = compact_checkpoint(source, out_dir, settings, curve=curve, **options)
+    made = results["compact"]
+    table = [("full net", _counts(made["full_rows"]), "–", _percent(made["full_accuracy"]), "–")]
+    for size in made["sizes"]:
+        megabytes = f"{size['bytes'] / 1e6:.1f} MB"
+        table.append(
+            ("compact", _counts(size["rows"]), megabytes, _percent(size.get("accuracy")), _percent(size["agreement"]))
+        )
     _print_table(("net", "rows", "size", "accuracy", "equal predictions"), table)
     out.print(f"checkpoint: {out_dir}", markup=False, soft_wrap=True)
 
@@ -288,7 +396,7 @@ def _counts(rows: dict[str, int]) -> str:
 
 
 @data_app.command("prepare")
-def data_prepare(name: Annotated[str, typer.Argument(help="cifar10")], data: Data = None) -> None:
+def data_prepare(name: Annotated[str, typer.Argument(help="cifar10 or omniglot")], data: Data = None) -> None:
     """Download a data set and write it into the data folder."""
     from pizoo.data import prepare
 
@@ -310,10 +418,12 @@ def _entries(patterns: list[str], names: list[str] | None = None) -> list[str]:
     return list(found)
 
 
-def _print_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-    """Print accuracies in percent. Nothing is cut: names too long for the first column go on in the next line."""
+def _print_table(
+    columns: Sequence[str], rows: Iterable[Sequence[str]], caption: str | None = "accuracies in percent"
+) -> None:
+    """Print a table. Nothing is cut: names too long for the first column go on in the next line."""
     first, *rest = columns
-    table = Table(box=box.SIMPLE_HEAD, caption="accuracies in percent", caption_justify="left", padding=(0, 1, 0, 0))
+    table = Table(box=box.SIMPLE_HEAD, caption=caption, caption_justify="left", padding=(0, 1, 0, 0))
     table.add_column(first, no_wrap=True)
     for column in rest:
         table.add_column(column, overflow="fold")
@@ -330,12 +440,20 @@ def _percent(value: Any) -> str:
 
 def main() -> None:
     """Run the command line; what a user can mend is one line, not a traceback."""
+    warnings.showwarning = _show_warning
     try:
         app()
     except (ValueError, TypeError, OSError) as error:
         _fail(error, EXIT_USAGE)
-    except RuntimeError as error:  # damaged checkpoints, trainings that diverge, downloads that fail, no such device
+    except (
+        RuntimeError,
+        MemoryError,
+    ) as error:  # damaged checkpoints, trainings that diverge, failed downloads, no GPU
         _fail(error, EXIT_MISMATCH)
+
+
+def _show_warning(message: Warning | str, *where: Any) -> None:
+    err.print(f"[yellow]warning:[/] {escape(str(message))}", highlight=False, soft_wrap=True)
 
 
 def _fail(error: Exception, code: int) -> NoReturn:

@@ -28,9 +28,12 @@ def F02(c: Tensor) -> Tensor:
 
 class _F00(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, c: Tensor) -> Tensor:
-        ctx.save_for_backward(c)
+    def forward(c: Tensor) -> Tensor:
         return F02(c) + c * F11(c)
+
+    @staticmethod
+    def setup_context(ctx, inputs: tuple[Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> Tensor:
@@ -50,32 +53,43 @@ def F00(c: Tensor) -> Tensor:
 
 
 def unit(g: Tensor) -> tuple[Tensor, Tensor]:
-    """Split g [b, r] into its direction [b, r] and norm [b, 1]; the direction of a zero vector is zero."""
+    """Split g [..., r] into its direction [..., r] and norm [..., 1]; the direction of a zero vector is zero."""
     norm = torch.linalg.vector_norm(g, dim=-1, keepdim=True)
     return g / torch.where(norm > 0, norm, torch.ones_like(norm)), norm
 
 
 def relu_kernel(x: Tensor, y: Tensor) -> Tensor:
-    """Zero-mean ReLU kernel ``E[relu(x.Z) relu(y.Z)] = |x| |y| F00(cos)`` for Z ~ N(0, I). [n, r], [m, r] -> [n, m]."""
+    """Zero-mean ReLU kernel ``E[relu(x.Z) relu(y.Z)] = |x| |y| F00(cos)`` for Z ~ N(0, I). [n, r], [m, r] -> [n, m].
+
+    Tasks may come first: [..., n, r], [..., m, r] -> [..., n, m].
+    """
     (x, norm_x), (y, norm_y) = unit(x), unit(y)
-    return norm_x * norm_y.T * F00((x @ y.T).clamp(-1, 1))
+    return norm_x * norm_y.mT * F00((x @ y.mT).clamp(-1, 1))
+
+
+def relu_kernel_of_gram(gram: Tensor) -> Tensor:
+    """:func:`relu_kernel` of vectors with themselves, from their inner products [..., n, n]."""
+    norm = gram.diagonal(dim1=-2, dim2=-1).clamp(min=0).sqrt()
+    scale = norm[..., :, None] * norm[..., None, :]
+    return scale * F00((gram / torch.where(scale > 0, scale, 1)).clamp(-1, 1))
 
 
 def nngp(x: Tensor, y: Tensor, depth: int, var_w: float = 1.0, var_b: float = 0.0) -> Tensor:
     """The NNGP kernel of an infinitely wide ReLU MLP after ``depth`` hidden layers.
 
     Args:
-        x, y: inputs [n, d] and [m, d], the dtype of the result.
+        x, y: inputs [..., n, d] and [..., m, d], the dtype of the result; what comes before (tasks) is as many in both.
         depth: number of ReLU layers, at least 1.
         var_w, var_b: variances of weights (times fan-in) and biases.
 
     Returns:
-        [n, m].
+        [..., n, m].
 
     Raises:
         ValueError: ``depth`` below 1, inputs not of the shapes above.
     """
-    for _, cov in _nngp_layers(x, y, depth, var_w, var_b):  # noqa: B007 (the last one is the kernel)
+    check_kernel_inputs(x, y, depth)
+    for _, _, cov in _nngp_layers(x, y, x @ y.mT / x.shape[-1], depth, var_w, var_b):  # noqa: B007 (the last is the kernel)
         pass
     return cov
 
@@ -105,7 +119,7 @@ def ntk(
         form: ``"reference"`` or ``"textbook"``.
 
     Returns:
-        [n, m].
+        [..., n, m].
 
     Raises:
         ValueError: as :func:`nngp`, or another ``form``.
@@ -113,32 +127,33 @@ def ntk(
     if form not in ("reference", "textbook"):
         raise ValueError(f"form is {form!r}; it must be 'reference' or 'textbook'")
     check_kernel_inputs(x, y, depth)
-    theta = first_layer_lr_mult * (x @ y.T / x.shape[1]) + bias_lr_mult
-    for k, (rho, cov) in enumerate(_nngp_layers(x, y, depth, var_w, var_b), start=1):
-        derivative = F11(rho) if form == "textbook" else 2 * F11((2 * F00(rho)).clamp(-1, 1))
+    inputs = x @ y.mT / x.shape[-1]
+    theta = first_layer_lr_mult * inputs + bias_lr_mult
+    for k, (rho, after, cov) in enumerate(_nngp_layers(x, y, inputs, depth, var_w, var_b), start=1):
+        derivative = F11(rho) if form == "textbook" else 2 * F11((2 * after).clamp(-1, 1))
         lr_mult = last_layer_lr_mult if k == depth else 1.0
         theta = theta * derivative * var_w + lr_mult * cov + bias_lr_mult
     return theta
 
 
-def _nngp_layers(x: Tensor, y: Tensor, depth: int, var_w: float, var_b: float):
-    """Yield per ReLU layer the correlation that enters it and the covariance after it, both [n, m]."""
-    check_kernel_inputs(x, y, depth)
-    d = x.shape[1]
-    cov = x @ y.T / d
-    var_x, var_y = (z.square().sum(1) / d for z in (x, y))
+def _nngp_layers(x: Tensor, y: Tensor, cov: Tensor, depth: int, var_w: float, var_b: float):
+    """From the covariance ``x.y / d`` on, yield per ReLU layer the correlation ρ that enters it, F00(ρ), and the covariance
+    after it, all [..., n, m]."""
+    var_x, var_y = (torch.einsum("...nd,...nd->...n", z, z) / z.shape[-1] for z in (x, y))
     for _ in range(depth):
         var_x, var_y, cov = (v * var_w + var_b for v in (var_x, var_y, cov))
-        scale = torch.sqrt(var_x[:, None] * var_y)
+        scale = torch.sqrt(var_x[..., :, None] * var_y[..., None, :])
         rho = (cov / torch.where(scale > 0, scale, torch.ones_like(scale))).clamp(-1, 1)
-        cov = scale * F00(rho)
+        after = F00(rho)
+        cov = scale * after
         var_x, var_y = var_x / 2, var_y / 2
-        yield rho, cov
+        yield rho, after, cov
 
 
 def feature_kernel_from_preactivations(x: Tensor, y: Tensor) -> Tensor:
-    """Feature kernel of an infinite net, ``F00(cos(x, y))``, from last hidden pre-activations [n, r], [m, r] -> [n, m]."""
-    return F00((unit(x)[0] @ unit(y)[0].T).clamp(-1, 1))
+    """Feature kernel of an infinite net, ``F00(cos(x, y))``, from last hidden pre-activations [n, r], [m, r] -> [n, m];
+    tasks [..., n, r] may come first."""
+    return F00((unit(x)[0] @ unit(y)[0].mT).clamp(-1, 1))
 
 
 def feature_kernel_from_postactivations(x: Tensor, y: Tensor) -> Tensor:
@@ -147,9 +162,12 @@ def feature_kernel_from_postactivations(x: Tensor, y: Tensor) -> Tensor:
 
 
 def check_kernel_inputs(x: Tensor, y: Tensor, depth: int) -> None:
-    """Raise ValueError unless x [n, d], y [m, d] are matrices of one width and ``depth`` is a positive integer."""
-    if x.ndim != 2 or y.ndim != 2 or x.shape[1] != y.shape[1]:
-        raise ValueError(f"x and y have shapes {tuple(x.shape)} and {tuple(y.shape)}; they must be [n, d] and [m, d]")
+    """Raise ValueError unless x [..., n, d], y [..., m, d] differ in n and m alone and ``depth`` is a positive integer."""
+    if x.ndim < 2 or x.ndim != y.ndim or x.shape[-1] != y.shape[-1] or x.shape[:-2] != y.shape[:-2]:
+        raise ValueError(
+            f"x and y have shapes {tuple(x.shape)} and {tuple(y.shape)}; they must be [n, d] and [m, d], "
+            "after the same number of tasks if there are tasks"
+        )
     if not isinstance(depth, int) or depth < 1:
         raise ValueError(f"depth is {depth!r}; it must be an integer of at least 1")
 
@@ -163,7 +181,8 @@ def solve_ridge(kernel: Tensor, targets: Tensor, ridge: float) -> Tensor:
     """Dual coefficients ``(K + ridge I)^{-1} targets`` of kernel ridge regression, by Cholesky decomposition in float64.
 
     Args:
-        kernel: [n, n], symmetric positive semi-definite. A float64 kernel is overwritten: at n = 50,000 a copy is 20 GB.
+        kernel: [n, n], symmetric positive semi-definite; afterwards as it was, so that other ridges can follow. A float64
+            kernel needs one more matrix of its size, its factor: 20 GB at n = 50,000.
         targets: [n, k].
         ridge: added to the diagonal, positive.
 
@@ -181,8 +200,12 @@ def solve_ridge(kernel: Tensor, targets: Tensor, ridge: float) -> Tensor:
             f"kernel and targets have shapes {list(kernel.shape)} and {list(targets.shape)}; they must be [n, n] and [n, k]"
         )
     kernel = kernel.double()
-    kernel.diagonal().add_(ridge)
-    factor, info = torch.linalg.cholesky_ex(kernel)
+    diagonal = kernel.diagonal().clone()
+    try:
+        kernel.diagonal().add_(ridge)
+        factor, info = torch.linalg.cholesky_ex(kernel)
+    finally:
+        kernel.diagonal().copy_(diagonal)
     if info.item():
         raise ValueError(f"kernel + {ridge} I is not positive definite (minor {info.item()}); it needs a larger ridge")
     return torch.cholesky_solve(targets.double(), factor)

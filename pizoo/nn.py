@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from pizoo.functional import unit
+from pizoo.functional import feature_kernel_from_preactivations, relu_kernel, unit
 from pizoo.ops import growing_backward, growing_forward
-from pizoo.rows import GrowingWeight, Rows
+from pizoo.rows import Rows
 
 Role = Literal["input", "hidden", "readout"]
 
@@ -38,6 +38,7 @@ class InfPiInput(nn.Module):
 
     Raises:
         ValueError: d or r not positive.
+        TypeError: a dtype that is not floating-point.
     """
 
     role: Role = "input"
@@ -46,7 +47,7 @@ class InfPiInput(nn.Module):
         super().__init__()
         check_positive(d=d, r=r)
         self.bias_alpha, self.alpha = bias_alpha, alpha
-        factory = {"device": device, "dtype": dtype or torch.get_default_dtype()}
+        factory = {"device": device, "dtype": floating(dtype or torch.get_default_dtype())}
         if d == r:
             A = torch.eye(d, **factory)
         else:
@@ -62,6 +63,10 @@ class InfPiInput(nn.Module):
         if self.bias is not None:
             g = g + self.bias_alpha * self.bias
         return self.alpha * g
+
+    def kernel(self, x: Tensor, y: Tensor) -> Tensor:
+        """How much a gradient step at inputs y moves the output at x: ``x yᵀ``. [..., n, d], [..., m, d] -> [..., n, m]."""
+        return x @ y.mT
 
     def extra_repr(self) -> str:
         return f"d={self.A.shape[0]}, r={self.A.shape[1]}, bias_alpha={self.bias_alpha}, alpha={self.alpha}"
@@ -87,6 +92,7 @@ class InfPiLinear(Rows):
 
     Raises:
         ValueError: r or out_features not positive; a hidden layer with out_features other than r.
+        TypeError: a dtype that is not floating-point.
     """
 
     def __init__(
@@ -107,7 +113,7 @@ class InfPiLinear(Rows):
             raise ValueError(f"role is {role!r}; it must be 'hidden' or 'readout'")
         if role == "hidden" and out_features != r:
             raise ValueError(f"out_features is {out_features}; a hidden layer has r = {r}, a read-out role='readout'")
-        factory = {"device": device, "dtype": dtype or torch.get_default_dtype()}
+        factory = {"device": device, "dtype": floating(dtype or torch.get_default_dtype())}
         count = 1 if zero_init else r
         B = torch.eye(r, device=device) if identity_init and not zero_init else torch.randn(count, r, device=device)
         B = B / torch.linalg.vector_norm(B, dim=1, keepdim=True)
@@ -128,11 +134,12 @@ class InfPiLinear(Rows):
         check_input(g, self.B.shape[1], name="g")
         gbar, s = unit(g.detach().to(torch.promote_types(g.dtype, torch.float32)))
         out = _Growing.apply(
-            g, gbar, s, self.A.detach(), self.B.detach(), self.stored_amult, self.decay, self.layernorm
+            g, gbar, s, self.A.detach(), self.B.detach(), self.stored_amult, self.bmult, self.decay, self.layernorm
         )
         if self.training and self.A.requires_grad and torch.is_grad_enabled():
             # The rows to come contribute nothing yet; their gradient is what they will be.
-            out = out + _NewRows.apply(self.A, gbar, gbar.new_ones(()) if self.layernorm else s, out.dtype)
+            scale = gbar.new_ones(()) if self.layernorm else s
+            out = out + _NewRows.apply(self.A.leaf, self, gbar, scale, out.dtype)
         return self.finish(out)
 
     def finish(self, out: Tensor) -> Tensor:
@@ -140,6 +147,13 @@ class InfPiLinear(Rows):
         if self.bias is not None:
             out = out + self.bias_alpha * self.bias
         return self.alpha * out if self.alpha != 1 else out
+
+    def kernel(self, x: Tensor, y: Tensor) -> Tensor:
+        """How much rows with inputs y move the output at x: the ReLU kernel, of unit vectors under layernorm.
+
+        [..., n, r], [..., m, r] -> [..., n, m].
+        """
+        return feature_kernel_from_preactivations(x, y) if self.layernorm else relu_kernel(x, y)
 
     def extra_repr(self) -> str:
         return (
@@ -155,12 +169,12 @@ class _Growing(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, g, gbar, s, A, B, amult, decay, layernorm):
+    def forward(ctx, g, gbar, s, A, B, amult, bmult, decay, layernorm):
         ctx.save_for_backward(gbar, s)
         # Rows stay out of save_for_backward: appending to the storage behind them does not change them.
-        ctx.rows, ctx.decay, ctx.layernorm = (A, B, amult), decay, layernorm
+        ctx.rows, ctx.bmult, ctx.decay, ctx.layernorm = (A, B, amult), bmult, decay, layernorm
         with torch.autocast(g.device.type, enabled=False):
-            out = growing_forward(gbar, A, B, amult)
+            out = growing_forward(gbar, A, B, amult, bmult=bmult)
         return (out * (decay if layernorm else s * decay)).to(g.dtype)
 
     @staticmethod
@@ -168,11 +182,11 @@ class _Growing(torch.autograd.Function):
     def backward(ctx, delta):
         gbar, s = ctx.saved_tensors
         with torch.autocast(delta.device.type, enabled=False):
-            dg = growing_backward(gbar, *ctx.rows, delta.to(gbar.dtype) * ctx.decay)
+            dg = growing_backward(gbar, *ctx.rows, delta.to(gbar.dtype) * ctx.decay, bmult=ctx.bmult)
         if ctx.layernorm:
             dg = dg - (dg * gbar).sum(1, keepdim=True) * gbar
             dg = dg / torch.where(s > 0, s, torch.ones_like(s))
-        return (dg.to(delta.dtype), *[None] * 7)
+        return (dg.to(delta.dtype), *[None] * 8)
 
 
 class _NewRows(torch.autograd.Function):
@@ -182,17 +196,17 @@ class _NewRows(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, A: GrowingWeight, gbar: Tensor, s: Tensor, dtype: torch.dtype):
-        ctx.weight = A
+    def forward(ctx, leaf: Tensor, layer: Rows, gbar: Tensor, s: Tensor, dtype: torch.dtype):
+        ctx.weight = layer.A
         ctx.save_for_backward(gbar, s)
-        return torch.zeros((), dtype=dtype, device=gbar.device).expand(len(gbar), A.shape[1])
+        return torch.zeros((), dtype=dtype, device=gbar.device).expand(len(gbar), layer.A.shape[1])
 
     @staticmethod
     @once_differentiable
     def backward(ctx, delta):
         gbar, s = ctx.saved_tensors
         ctx.weight.record(delta.to(gbar.dtype) * s, gbar)
-        return None, None, None, None
+        return None, None, None, None, None
 
 
 class PiLinear(nn.Linear):
@@ -249,6 +263,10 @@ class PiLinear(nn.Linear):
             out = _ProjectedLinear.apply(x, self.weight, bias, basis)
         return self.alpha * out if self.alpha != 1 else out
 
+    def kernel(self, x: Tensor, y: Tensor) -> Tensor:
+        """As :meth:`InfPiInput.kernel`."""
+        return x @ y.mT
+
 
 class _ProjectedLinear(torch.autograd.Function):
     @staticmethod
@@ -288,6 +306,13 @@ def check_positive(**sizes: int) -> None:
     for name, value in sizes.items():
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise ValueError(f"{name} is {value!r}; it must be a positive integer")
+
+
+def floating(dtype: torch.dtype) -> torch.dtype:
+    """The dtype itself; TypeError unless it is a floating-point one."""
+    if not dtype.is_floating_point:
+        raise TypeError(f"dtype is {dtype}; it must be a floating-point dtype (rows alone may be int8: to_rows_dtype)")
+    return dtype
 
 
 def check_input(x: Tensor, width: int, dtype: torch.dtype | None = None, name: str = "x") -> None:

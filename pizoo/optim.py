@@ -279,7 +279,7 @@ def _scale(param: nn.Parameter, norm: Tensor, max_norm: float) -> None:
     if math.isfinite(max_norm):
         # A zero norm divides to infinity, which the clamp turns into 1: no host synchronisation, no epsilon.
         factor = (max_norm / norm).clamp(max=1)
-        param.grad.mul_(factor.to(param.device))
+        param.grad.mul_(factor.to(param.grad.device))
 
 
 def _decay_factor(group: dict[str, Any]) -> float:

@@ -3,8 +3,8 @@
 A file states only what differs from the part it ``extends``: a common part (``common/NAME.yaml``), an entry, or a file
 beside it (``NAME.yaml``). Mappings are merged key by key, anything else replaces; a mapping that names another
 ``model.kind`` or ``train.schedule.name`` replaces too, since the keys of the old kind mean nothing to the new one. What
-makes an entry that entry (its name, description and published number, what that number is over and how near is near
-enough) is not passed on to what extends it.
+makes an entry that entry (its name, description and published number, why its own differs, what that number is over, how near
+is near enough, how it was tuned) is not passed on to what extends it.
 
 An override, ``train.epochs=1``, is one more such mapping, merged last.
 """
@@ -12,21 +12,33 @@ An override, ``train.epochs=1``, is one more such mapping, merged last.
 from __future__ import annotations
 
 import difflib
+import itertools
 import math
 import os
 import re
 import typing
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, Strict, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, Strict, ValidationError, model_serializer, model_validator
 
 import pizoo
-from pizoo.data import DIGITS_SPLITS, Dataset, Normalize, list_datasets, load_dataset
-from pizoo.models import FinPiMLP, InfPiMLP, KernelRegressor, MuMLP, NNGPRegressor, NTKRegressor, PiNet
+from pizoo.data import DIGITS_SPLITS, Dataset, Normalize, TaskPool, list_datasets, load_dataset, load_tasks
+from pizoo.models import (
+    FinPiMLP,
+    InfPiMLP,
+    KernelLearner,
+    KernelRegressor,
+    MuMLP,
+    NNGPLearner,
+    NNGPRegressor,
+    NTKLearner,
+    NTKRegressor,
+    PiNet,
+)
 
 Count = Annotated[int, Field(ge=1, le=1_000_000)]
 Positive = Annotated[float, Field(gt=0, le=1e6)]
@@ -35,8 +47,9 @@ NonNegative = Annotated[float, Field(ge=0, le=1e6)]
 Counts = Annotated[tuple[Count, ...], Strict(False)]
 
 
-ENTRYS_OWN = ("entry", "description", "published", "seeds", "tolerance")
+ENTRYS_OWN = ("entry", "description", "published", "differs", "seeds", "tolerance", "tune", "compact")
 KERNELS = {"nngp": NNGPRegressor, "ntk": NTKRegressor}
+KERNEL_LEARNERS = {"nngp": NNGPLearner, "ntk": NTKLearner}
 
 
 class RecipeError(ValueError):
@@ -47,6 +60,11 @@ class _Part(BaseModel):
     """A mapping of a recipe. Checks across fields raise ``ValueError("field: found ...; must ...")``."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+    only_if_given: ClassVar[tuple[str, ...]] = ()  # what most recipes lack: left out of a description that lacks it
+
+    @model_serializer(mode="wrap")
+    def _describe(self, handler) -> dict[str, Any]:
+        return {k: v for k, v in handler(self).items() if v is not None or k not in self.only_if_given}
 
 
 class _Net(_Part):
@@ -87,20 +105,33 @@ class Mu(_Net):
 
     kind: Literal["mu"]
     width: Count
+    # What the initial weights of the first layers are multiplied by, from the input on.
+    initial_scales: Annotated[tuple[Positive, ...], Strict(False)] | None = None
+    only_if_given: ClassVar[tuple[str, ...]] = ("initial_scales",)
+
+    @model_validator(mode="after")
+    def _check(self) -> Mu:
+        if self.initial_scales is not None and len(self.initial_scales) > self.hidden_layers + 1:
+            raise ValueError(
+                f"initial_scales: found {list(self.initial_scales)}; must be at most one for each of {self.hidden_layers + 1} "
+                "layers"
+            )
+        return self
 
 
 class NNGP(_Part):
-    """Ridge regression with the NNGP kernel; see :func:`pizoo.functional.nngp`."""
+    """The NNGP kernel, for ridge regression or few-shot learning; see :func:`pizoo.functional.nngp`."""
 
     kind: Literal["nngp"]
     depth: Annotated[int, Field(ge=1, le=1000)]
     var_w: Positive = 1.0
     var_b: NonNegative = 0.0
-    ridge: Positive
+    ridge: Positive | None = None  # None: few-shot learning has none
+    only_if_given: ClassVar[tuple[str, ...]] = ("ridge",)
 
 
 class NTK(_Part):
-    """Ridge regression with the neural tangent kernel; see :func:`pizoo.functional.ntk`."""
+    """The neural tangent kernel, for ridge regression or few-shot learning; see :func:`pizoo.functional.ntk`."""
 
     kind: Literal["ntk"]
     depth: Annotated[int, Field(ge=1, le=1000)]
@@ -109,7 +140,8 @@ class NTK(_Part):
     first_layer_lr_mult: NonNegative = 1.0
     last_layer_lr_mult: NonNegative = 1.0
     bias_lr_mult: NonNegative = 1.0
-    ridge: Positive
+    ridge: Positive | None = None
+    only_if_given: ClassVar[tuple[str, ...]] = ("ridge",)
 
 
 class Data(_Part):
@@ -117,7 +149,7 @@ class Data(_Part):
 
     name: Annotated[str, Field(min_length=1, max_length=100)]
     path: Annotated[str, Field(min_length=1)] | None = None  # the user's own .npz or image folder
-    classes: Annotated[int, Field(ge=2, le=65536)]
+    classes: Annotated[int, Field(ge=2, le=65536)]  # of a few-shot task: its ways
     input_size: Annotated[Counts, Field(min_length=1, max_length=3)]  # [C, H, W] or [d]
     scale: Positive = 255.0
     mean: Annotated[tuple[float, ...], Strict(False)] | None = None
@@ -151,6 +183,20 @@ class Data(_Part):
     @property
     def normalize(self) -> Normalize:
         return Normalize(self.scale, self.mean, self.std)
+
+    def load_tasks(self, data_dir: str | os.PathLike | None = None) -> dict[str, TaskPool]:
+        """Load the classes of each split to draw tasks from; see :func:`pizoo.data.load_tasks`.
+
+        Raises:
+            ValueError: images of another size than ``input_size``.
+        """
+        pools = load_tasks(self.name, data_dir)
+        for pool in pools.values():
+            if pool.input_size != self.input_size:
+                raise ValueError(
+                    f"data.input_size is {list(self.input_size)}; {self.name} has images of {list(pool.input_size)}"
+                )
+        return pools
 
     def load(self, data_dir: str | os.PathLike | None = None) -> Dataset:
         """Load the data set this names; see :func:`pizoo.data.load_dataset`."""
@@ -201,10 +247,12 @@ class Cosine(_Part):
 
 
 class Train(_Part):
-    """Supervised training; defaults are those of :mod:`pizoo.optim`."""
+    """Training; defaults are those of :mod:`pizoo.optim`."""
 
+    only_if_given: ClassVar[tuple[str, ...]] = ("steps_per_epoch",)
     epochs: Count
-    batch_size: Count
+    steps_per_epoch: Count | None = None  # of few-shot training; None: as many as pass over the training images once
+    batch_size: Count  # images; in few-shot training tasks
     lr: Positive
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
     dampening: Annotated[float, Field(ge=0, le=1)] = 0.0
@@ -216,7 +264,8 @@ class Train(_Part):
     clip: Clip = Clip()
     schedule: Annotated[Constant | Multistep | Cosine, Field(discriminator="name")] = Constant()
     loss: Literal["cross_entropy", "mse"] = "cross_entropy"
-    dtype: Literal["float16", "bfloat16", "float32", "float64"] = "float32"  # of growing rows and finite weights
+    # Of growing rows and finite weights; int8, with a scale per row, is for growing rows alone.
+    dtype: Literal["int8", "float16", "bfloat16", "float32", "float64"] = "float32"
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
 
     @model_validator(mode="after")
@@ -236,10 +285,65 @@ class Train(_Part):
         return self
 
 
+class Tasks(_Part):
+    """Few-shot learning: what a task is, how a net adapts to it, and on how many tasks its numbers are measured.
+
+    Training and validation classes are rotated, each by 90, 180 and 270 degrees, into four.
+    """
+
+    shots: Count = 1  # support images a class
+    queries: Count = 1  # query images a class
+    step_size: Positive
+    steps: Count = 1  # inner steps
+    layers: Literal["readout", "all"] = "readout"  # which adapt
+    first_order: bool = False
+    validation_tasks: Count = 2000  # after every epoch; the epoch that does best is kept
+    test_tasks: Annotated[int, Field(ge=2, le=1_000_000)] = (
+        8000  # of every split, in the end; two have a standard error
+    )
+    headline: Literal["validation", "validation_rotated", "test", "test_rotated"] = (
+        "test"  # what the entry's number is on
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> Tasks:
+        if self.layers == "all" and not self.first_order:
+            raise ValueError(
+                "first_order: found false; must be true with layers all, whose second order no rows can hold"
+            )
+        return self
+
+
+class Tune(_Part):
+    """Which settings of a kernel recipe's model to try on held-out training images; see :mod:`pizoo.training.tune`."""
+
+    validation: Annotated[float, Field(gt=0, lt=1)]  # fraction of the training images to hold out
+    grid: Annotated[
+        dict[str, Annotated[tuple[float | int, ...], Field(min_length=1), Strict(False)]], Field(min_length=1)
+    ]
+
+    @property
+    def settings(self) -> list[dict[str, float | int]]:
+        """Every combination of the grid's values; the last key's values follow one another."""
+        return [dict(zip(self.grid, values, strict=True)) for values in itertools.product(*self.grid.values())]
+
+
+class Compact(_Part):
+    """How the net that is shipped is made of the one that was trained; see :func:`pizoo.compact`."""
+
+    megabytes: Positive = 25.0  # of 10⁶ bytes: the file's size, at most
+    rows: Count | None = None  # of each hidden layer, a quarter as many for the read-out; None: as many as fit
+    dtype: Literal["float16", "int8"] = "float16"
+    steps: Annotated[int, Field(ge=0, le=1_000_000)] = 10_000  # of distillation
+    views: Annotated[int, Field(ge=1, le=1000)] = 6  # of each training image
+
+
 class Published(_Part):
     """A number in print, and how it was measured."""
 
     accuracy: Annotated[float, Field(ge=0, le=100)]  # percent
+    # One run of the paper's own code with this recipe, after the last epoch, in percent; None: not measured.
+    rerun: Annotated[float, Field(ge=0, le=100)] | None = None
     source: Annotated[str, Field(min_length=1)]
     protocol: Annotated[str, Field(min_length=1)]
 
@@ -265,10 +369,15 @@ class Recipe(_Part):
     description: Annotated[str, Field(min_length=1)]
     model: Annotated[InfPi | FinPi | Mu | NNGP | NTK, Field(discriminator="kind")]
     data: Data
-    train: Train | None = None  # None for the kernel regressors
+    tasks: Tasks | None = None  # few-shot learning; None: supervised
+    train: Train | None = None  # None for the kernels
     seeds: Annotated[int, Field(ge=1, le=1000)] = 1  # how many the entry's recorded mean is over: 0, 1, ...
     published: Published | None = None
+    differs: Annotated[str, Field(min_length=1)] | None = None  # in what the numbers differ from the published, and why
     tolerance: Tolerance = Tolerance()
+    tune: Tune | None = None
+    compact: Compact | None = None  # None: what was trained is shipped
+    only_if_given: ClassVar[tuple[str, ...]] = ("tasks", "compact")
 
     @model_validator(mode="before")
     @classmethod
@@ -283,6 +392,71 @@ class Recipe(_Part):
         if kind in ("infpi", "finpi", "mu") and raw.get("train") is None:
             raise ValueError(f"train: missing; must be given for a net (model.kind {kind})")
         return raw
+
+    @model_validator(mode="after")
+    def _check_dtype(self) -> Recipe:
+        if self.train and self.train.dtype == "int8" and not isinstance(self.model, InfPi):
+            raise ValueError(
+                f"train.dtype: found 'int8', which is for rows of growing layers; a {self.model.kind} has none"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_compact(self) -> Recipe:
+        if self.compact and (self.tasks is not None or not isinstance(self.model, InfPi)):
+            raise ValueError(
+                "compact: must be left out, it is for supervised nets of model.kind infpi, whose rows grow"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_tasks(self) -> Recipe:
+        kernel, supervised = isinstance(self.model, NNGP | NTK), self.tasks is None
+        given = {"model.ridge": self.model.ridge if kernel else None}
+        given["train.steps_per_epoch"] = self.train.steps_per_epoch if self.train else None
+        wanted = {"model.ridge": kernel and supervised, "train.steps_per_epoch": not kernel and not supervised}
+        for key, value in given.items():
+            if wanted[key] and value is None:
+                raise ValueError(f"{key}: missing; must be given {'without' if supervised else 'with'} tasks")
+            if not wanted[key] and value is not None:
+                raise ValueError(
+                    f"{key}: found {_show(value)}; must be left out {'without' if supervised else 'with'} tasks"
+                )
+        omniglot = self.data.name == "omniglot" and self.data.path is None
+        if supervised and omniglot:
+            raise ValueError("tasks: missing; must be given for omniglot, which has tasks and no training images")
+        if not supervised and not omniglot:
+            where = "" if self.data.path is None else " with a path"
+            raise ValueError(
+                f"data.name: found {self.data.name!r}{where}; must be 'omniglot' without a path, for tasks"
+            )
+        for key, plain in (("scale", 255.0), ("mean", None), ("subset", None)):
+            if not supervised and (found := getattr(self.data, key)) != plain:
+                raise ValueError(
+                    f"data.{key}: found {_show(found)}; must be left out with tasks, whose pixels lie in [0, 1]"
+                )
+        if self.train and not supervised and self.train.loss != "cross_entropy":
+            raise ValueError(f"train.loss: found {self.train.loss!r}; must be 'cross_entropy' with tasks")
+        return self
+
+    @model_validator(mode="after")
+    def _check_tune(self) -> Recipe:
+        if self.tune is None:
+            return self
+        model, allowed = self.model.model_dump(), type(self.model).model_fields
+        if self.train is not None:
+            raise ValueError(f"tune: must be left out, a net (model.kind {self.model.kind}) is trained, not solved")
+        if self.tasks is not None:
+            raise ValueError("tune: must be left out with tasks, which have no training images to hold out")
+        for key, values in self.tune.grid.items():
+            if key not in allowed:
+                raise ValueError(f"tune.grid.{key}: unknown key; {_nearest(key, allowed)}")
+            for value in values:
+                try:
+                    type(self.model)(**{**model, key: value})
+                except ValidationError:
+                    raise ValueError(f"tune.grid.{key}: found {value}; model.{key} does not take it") from None
+        return self
 
     @property
     def architecture(self) -> str | None:
@@ -299,6 +473,10 @@ class Recipe(_Part):
                 return None
         return name if model.hidden_layers == 2 else f"{name}_l{model.hidden_layers}"
 
+    def load_data(self, data_dir: str | os.PathLike | None = None) -> Dataset | dict[str, TaskPool]:
+        """What it trains on and is measured on: a data set, or with ``tasks`` the classes of each split."""
+        return self.data.load(data_dir) if self.tasks is None else self.data.load_tasks(data_dir)
+
     def with_seed(self, seed: int) -> Recipe:
         """The same recipe run again: another ``train.seed``, and on the digits another split as well."""
         raw = self.to_dict()
@@ -308,7 +486,15 @@ class Recipe(_Part):
             raw["data"]["split"] = seed
         return Recipe.from_dict(raw, f"recipe {self.entry} with seed {seed}")
 
-    def build_model(self, device: torch.device | str | None = None) -> PiNet | KernelRegressor:
+    def with_model(self, **settings: float | int) -> Recipe:
+        """The same recipe with other values in its model part, without what is said of the old ones; nothing left to tune."""
+        raw = self.to_dict() | {"differs": None, "tune": None}
+        raw["model"] |= settings
+        if raw["published"] is not None:
+            raw["published"]["rerun"] = None
+        return Recipe.from_dict(raw, f"recipe {self.entry} with {settings}")
+
+    def build_model(self, device: torch.device | str | None = None) -> PiNet | KernelRegressor | KernelLearner:
         """The recipe's net with initial values drawn from its seed, the same on every device.
 
         ``train.dtype`` is of growing rows and finite weights; inputs, biases and ``amult`` of infinite nets are at least
@@ -316,7 +502,8 @@ class Recipe(_Part):
         """
         hparams = {**self.model.model_dump(exclude={"kind"}), "d_in": self.data.d, "d_out": self.data.classes}
         if self.train is None:
-            return KERNELS[self.model.kind](**hparams).to(device)
+            kernels = KERNELS if self.tasks is None else KERNEL_LEARNERS
+            return kernels[self.model.kind](**hparams).to(device)
         dtype = getattr(torch, self.train.dtype)
         full = torch.promote_types(dtype, torch.float32)
         with torch.random.fork_rng(devices=[]):
@@ -373,6 +560,11 @@ class Recipe(_Part):
         inner = {problem["loc"][:-1] for problem in problems if len(problem["loc"]) > 1}
         lines = [_explain(problem) for problem in problems if problem["loc"] not in inner]
         raise RecipeError("\n  ".join([f"{source}:", *lines]) if len(lines) > 1 else f"{source}: {lines[0]}")
+
+
+def decisive(raw: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """Of a recipe as plain values, what decides its training; texts, seeds to come and numbers to compare with do not."""
+    return raw and {key: value for key, value in raw.items() if key == "entry" or key not in ENTRYS_OWN}
 
 
 def list_recipes() -> list[str]:

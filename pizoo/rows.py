@@ -3,31 +3,46 @@
 A growing layer stores M rows ``(A_m, B_m, amult_m)``. Training appends rows and never changes those stored, apart from
 weight decay (one running factor for all of them) and momentum (which moves ``amult``). Room is reserved ahead, so that
 appending b rows costs b rows however many there are.
+
+Rows in int8 hold ``A / max|A| * 127`` and ``B / max|B| * 127``, rounded. What ``A`` was divided by is part of ``amult``, where
+it costs nothing. ``B`` is known to have norm 1, so its integers say it all: they stand for ``bmult B`` with bmult one over
+their norm, which is derived from them wherever rows come from, and never saved.
 """
 
 from __future__ import annotations
 
 import copy
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
-from pizoo.functional import relu_kernel
+from pizoo.functional import relu_kernel_of_gram
+from pizoo.memory import empty_on_host, to_host
+
+Place = Literal["device", "host"]
 
 NO_TENSOR = (
     "the gradient of a growing layer is not a tensor but the rows that a step appends; step with pizoo.optim.PiSGD, clip with "
     "pizoo.optim.clip_grad_norm_"
 )
+DTYPES = (torch.int8, torch.float16, torch.bfloat16, torch.float32, torch.float64)
+LARGEST = torch.iinfo(torch.int8).max
+CONVERTED_AT_ONCE = 65_536  # rows: those of another dtype pass through float32
 GROWTH = 1.5  # room made at once when nothing was reserved: appending stays linear in the rows appended
 
 
 class Reserved:
-    """A tensor that grows along its first dimension inside storage reserved ahead."""
+    """A tensor that grows along its first dimension inside storage reserved ahead.
 
-    def __init__(self, data: Tensor):
+    With ``on_host`` the storage is host memory that a GPU reads directly (:func:`pizoo.memory.empty_on_host`).
+    """
+
+    def __init__(self, data: Tensor, on_host: bool = False):
         self.storage = data
         self.count = len(data)
+        self.on_host = on_host
 
     @property
     def used(self) -> Tensor:
@@ -41,14 +56,25 @@ class Reserved:
     def reserve(self, capacity: int) -> None:
         """Make room for ``capacity`` rows in all; what is there is copied once. Less room than there is changes nothing."""
         if capacity > self.capacity:
-            storage = self.storage.new_empty(capacity, *self.storage.shape[1:])
-            storage[: self.count] = self.used
-            self.storage = storage
+            self.storage = self._copied(capacity, self.storage.device, self.on_host)
+
+    def moved(self, device: torch.device, on_host: bool) -> Reserved:
+        """The same elsewhere, with its room."""
+        moved = Reserved(self._copied(self.capacity, device, on_host), on_host)
+        moved.count = self.count
+        return moved
+
+    def _copied(self, capacity: int, device: torch.device, on_host: bool) -> Tensor:
+        shape, dtype = (capacity, *self.storage.shape[1:]), self.storage.dtype
+        storage = empty_on_host(shape, dtype) if on_host else torch.empty(shape, dtype=dtype, device=device)
+        storage[: self.count] = self.used
+        return storage
 
     def append(self, rows: Tensor) -> None:
         needed = self.count + len(rows)
         if needed > self.capacity:
             self.reserve(max(needed, int(GROWTH * self.capacity)))
+        # A copy from a GPU to the host waits until it is done: whoever reads next, on either side, finds the rows.
         self.storage[self.count : needed] = rows
         self.count = needed
 
@@ -79,6 +105,11 @@ class PendingRows:
         """:func:`rows_norm` of these rows, 0-d."""
         return rows_norm(self.A, self.B)
 
+    @property
+    def device(self) -> torch.device:
+        """Where they are: on the layer's device, wherever its rows are kept."""
+        return self.A.device
+
     def mul_(self, factor: Tensor | float) -> PendingRows:
         self.A = self.A * factor
         return self
@@ -105,14 +136,59 @@ class PendingRows:
         return self
 
 
-class GrowingWeight(nn.Parameter):
-    """The ``A`` of a growing layer: an ordinary parameter [M, r_out] whose ``grad`` is :class:`PendingRows` or None.
+class RowsParameter(nn.Parameter):
+    """A parameter that may hold integers. torch lets these require no gradient: ``requires_grad`` is then kept here."""
+
+    _integers_require_grad = False
+
+    def __new__(cls, data: Tensor, requires_grad: bool = True):
+        parameter = super().__new__(cls, data, requires_grad=False)
+        parameter.requires_grad = requires_grad
+        return parameter
+
+    @property
+    def requires_grad(self) -> bool:
+        return Tensor.requires_grad.__get__(self) if self.is_floating_point() else self._integers_require_grad
+
+    @requires_grad.setter
+    def requires_grad(self, requires_grad: bool) -> None:
+        if self.is_floating_point():
+            Tensor.requires_grad.__set__(self, requires_grad)
+        else:
+            self._integers_require_grad = requires_grad
+
+    def requires_grad_(self, requires_grad: bool = True) -> RowsParameter:
+        self.requires_grad = requires_grad
+        return self
+
+    def hold(self, data: Tensor) -> None:
+        """Make ``data`` what it holds; between integers and floats too, which torch refuses where gradients are required."""
+        if data.is_floating_point() == self.is_floating_point():
+            self.data = data
+            return
+        requires_grad, self.requires_grad = self.requires_grad, False
+        self.data = data
+        self.requires_grad = requires_grad
+
+    def __reduce_ex__(self, protocol):
+        return type(self), (self.detach().clone(), self.requires_grad)
+
+
+class GrowingWeight(RowsParameter):
+    """The ``A`` of a growing layer: a parameter [M, r_out] whose ``grad`` is :class:`PendingRows` or None.
 
     ``rows`` is the layer it belongs to, where an optimizer appends.
     """
 
     _pending: PendingRows | None = None
     rows: Rows
+
+    @property
+    def leaf(self) -> Tensor:
+        """What stands for it in autograd's graph: itself, or for integers an empty tensor that can require gradients."""
+        if self.is_floating_point():
+            return self
+        return torch.empty(0, device=self.device, requires_grad=self.requires_grad)
 
     @property
     def grad(self) -> PendingRows | None:
@@ -137,9 +213,6 @@ class GrowingWeight(nn.Parameter):
             memo[id(self)] = copy.deepcopy(self.rows, memo).A if hasattr(self, "rows") else super().__deepcopy__(memo)
         return memo[id(self)]
 
-    def __reduce_ex__(self, protocol):
-        return GrowingWeight, (self.detach().clone(), self.requires_grad)
-
 
 class Rows(nn.Module):
     """M rows of a growing layer: ``A`` [M, r_out], ``B`` [M, r] of unit rows, ``amult`` [M] in float32 or float64.
@@ -148,14 +221,22 @@ class Rows(nn.Module):
     its own). ``amult`` is kept in at least float32 whatever ``.half()`` does to the rest; what :attr:`amult` and
     ``state_dict`` give includes the decay factor.
 
+    Rows may be int8 (:meth:`to_rows_dtype`): ``A`` then holds integers that ``amult`` multiplies, ``B`` integers that
+    :attr:`bmult` brings to norm 1. As torch has it, ``.half()`` and the like leave integers alone.
+
+    With ``rows_on`` "host" (:meth:`keep_rows_on`), ``A`` and ``B`` stay in host memory, page-locked, and the ops stream them
+    to the device; ``amult``, the bias and pending rows are on the device. ``.to(device)`` moves those alone.
+
     ``load_state_dict`` accepts any number of rows. ``state_dict`` shares memory with the rows only when no room is
     reserved behind them; else it copies, so that saving it does not save the empty room.
     """
 
+    rows_on: Place = "device"
+
     def __init__(self, A: Tensor, B: Tensor, amult: Tensor):
         super().__init__()
         self.A = GrowingWeight(A)
-        self.B = nn.Parameter(B, requires_grad=False)
+        self.B = RowsParameter(B, requires_grad=False)
         self.set_rows(A, B, amult)
 
     # ------------------------------------------------------------------ the rows
@@ -168,7 +249,12 @@ class Rows(nn.Module):
     @property
     def capacity(self) -> int:
         """How many rows fit into the reserved storage."""
-        return min(part.capacity for part in (self._A, self._B, self._amult))
+        return min(part.capacity for part in self._parts)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the layer computes, and where ``amult`` is."""
+        return self.A.device if self.rows_on == "device" else self._amult.storage.device
 
     @property
     def amult(self) -> Tensor:
@@ -181,34 +267,69 @@ class Rows(nn.Module):
         return self._amult.used
 
     @property
-    def block(self) -> tuple[Tensor, Tensor, Tensor]:
-        """``A`` [M, r_out], ``B`` [M, r] and ``amult`` [M] of all rows, weight decay applied."""
-        return self.A.detach(), self.B.detach(), self.amult
+    def bmult(self) -> Tensor | None:
+        """Of int8 rows, one over the norm of each row of ``B`` [M], float32; None for all others."""
+        return None if self._bmult is None else self._bmult.used
 
     def set_rows(self, A: Tensor, B: Tensor, amult: Tensor, decay: float = 1.0) -> None:
         """Replace all rows; the tensors become the storage, converted where the layer's dtype or device differs.
 
         Raises:
             ValueError: shapes other than [M, r_out], [M, r], [M].
+            TypeError: rows of a dtype that is none of theirs.
         """
-        problem = rows_problem(A, B, amult, r=self.B.shape[1], r_out=self.A.shape[1])
-        if problem:
+        self._store(A, B, amult, decay, self.A.dtype)
+
+    def _store(self, A: Tensor, B: Tensor, amult: Tensor, decay: float, dtype: torch.dtype) -> None:
+        if problem := rows_problem(A, B, amult, r=self.B.shape[1], r_out=self.A.shape[1]):
             raise ValueError(problem)
-        self._A = Reserved(A.detach().to(self.A.device, self.A.dtype))
-        self._B = Reserved(B.detach().to(self.B.device, self.B.dtype))
-        self._amult = Reserved(amult.detach().to(self.A.device, torch.promote_types(self.A.dtype, torch.float32)))
+        check_rows_dtype(dtype)
+        device = self.device
+        A, B, amult, *bmult = converted(A.detach(), B.detach(), amult.detach(), dtype)
+        self._A, self._B = self._placed(A, dtype, device), self._placed(B, dtype, device)
+        self._amult = Reserved(amult.to(device, torch.promote_types(dtype, torch.float32)))
+        self._bmult = Reserved(bmult[0].to(device)) if bmult else None
         self.decay = decay
         self._point()
 
+    def _placed(self, part: Tensor, dtype: torch.dtype, device: torch.device) -> Reserved:
+        if self.rows_on == "host":
+            return Reserved(to_host(part, dtype), on_host=True)
+        return Reserved(part.to(device, dtype))
+
+    @property
+    def _parts(self) -> tuple[Reserved, ...]:
+        parts = (self._A, self._B, self._amult)
+        return parts if self._bmult is None else (*parts, self._bmult)
+
+    def keep_rows_on(self, place: Place) -> Rows:
+        """Keep ``A`` and ``B`` on the "device" of the layer, or on the "host" whatever device the layer is moved to.
+
+        Moves what is there and what is reserved. Returns the layer.
+
+        Raises:
+            ValueError: another place.
+        """
+        check_place(place)
+        if place != self.rows_on:
+            device, self.rows_on = self.device, place
+            self._A = self._A.moved(device, place == "host")
+            self._point()  # lets go of the old storage before the next part is moved
+            self._B = self._B.moved(device, place == "host")
+            self._point()
+        return self
+
     def to_rows_dtype(self, dtype: torch.dtype) -> None:
-        """Cast ``A`` and ``B`` alone; the bias keeps its dtype."""
-        A, B, amult = self.A.data, self.B.data, self.stored_amult
-        self.A.data, self.B.data = A.to(dtype), B.to(dtype)
-        self.set_rows(self.A.data, self.B.data, amult, self.decay)
+        """Cast ``A`` and ``B`` alone, to int8 or a floating-point dtype; the bias keeps its dtype.
+
+        Raises:
+            TypeError: another dtype.
+        """
+        self._store(self.A.data, self.B.data, self.stored_amult, self.decay, dtype)
 
     def reserve(self, capacity: int) -> None:
         """Reserve storage for ``capacity`` rows in all, so that appending up to there moves nothing."""
-        for part in (self._A, self._B, self._amult):
+        for part in self._parts:
             part.reserve(capacity)
             self._point()  # lets go of the old storage before the next part is copied
 
@@ -216,11 +337,11 @@ class Rows(nn.Module):
     def append(self, A: Tensor, B: Tensor, amult: Tensor | float) -> Tensor:
         """Append k rows: A [k, r_out], B [k, r], ``amult`` a number or [k].
 
-        Rows shorter than float32 are stored with A's largest entry in [1, 2) and the power of two that this takes moved
-        into ``amult``: only the product counts, and float16 would lose the small ones.
+        Rows shorter than float32 are stored with A's largest entry in [1, 2), of int8 rows at 127, and the factor that this
+        takes moved into ``amult``: only the product counts, and float16 would lose the small ones.
 
         Returns:
-            the power of two of each row [k] (1 for float32 and float64), for whoever keeps numbers per row beside these.
+            that factor of each row [k] (1 for float32 and float64), for whoever keeps numbers per row beside these.
 
         Raises:
             ValueError: shapes other than these; nothing is appended.
@@ -232,21 +353,26 @@ class Rows(nn.Module):
                 f"new rows have shapes A {list(A.shape)}, B {list(B.shape)}, amult {list(numbers)}; "
                 f"they must be [k, {r_out}], [k, {r}], [k] with one k"
             )
-        scale = row_scale(A) if self.A.dtype.itemsize < 4 else A.new_ones(len(A))
-        self._A.append(A / scale[:, None])
-        self._B.append(B)
-        self._amult.append(scale * (amult / self.decay))
+        (A, scale), (B, *bmult) = scaled(A, self.A.dtype), directed(B, self.A.dtype)
+        for part, new in zip(self._parts, (A, B, scale * (amult / self.decay), *bmult), strict=True):
+            part.append(new)
         self._point()
         return scale
 
+    def put(self, first: int, A: Tensor, B: Tensor, amult: Tensor) -> None:
+        """Write k rows of any dtype over those from ``first`` on, or into the room behind them (:meth:`grown` counts them)."""
+        new = converted(A, B, amult, self.A.dtype)
+        for storage, part in zip(self.storages, new, strict=True):
+            storage[first : first + len(A)] = part
+
     @property
-    def storages(self) -> tuple[Tensor, Tensor, Tensor]:
-        """``A``, ``B`` and stored ``amult`` with the reserved room behind them, for what appends on the device itself."""
-        return self._A.storage, self._B.storage, self._amult.storage
+    def storages(self) -> tuple[Tensor, ...]:
+        """``A``, ``B``, stored ``amult``, and of int8 rows :attr:`bmult`, with the reserved room behind them."""
+        return tuple(part.storage for part in self._parts)
 
     def grown(self, count: int, decay: float) -> None:
         """Take note of rows written into :attr:`storages`: ``count`` are in use, under this decay factor."""
-        for part in (self._A, self._B, self._amult):
+        for part in self._parts:
             part.count = count
         self.decay = decay
         self._point()
@@ -258,22 +384,46 @@ class Rows(nn.Module):
 
     def _point(self) -> None:
         self.A.rows = self
-        self.A.data, self.B.data = self._A.used, self._B.used
+        self.A.hold(self._A.used)
+        self.B.hold(self._B.used)
 
     # ------------------------------------------------------------------ torch's contract
 
     def _apply(self, fn, recurse=True):
         pending, self.A.grad = self.A.grad, None
-        amult, capacity = self._amult.used, self.capacity
-        super()._apply(fn, recurse)
-        if not isinstance(self.A, GrowingWeight):  # torch makes a new Parameter on some conversions
-            self.A = GrowingWeight(self.A.data, self.A.requires_grad)
-        self.set_rows(self.A.data, self.B.data, amult, self.decay)
-        self.reserve(capacity)
+        if self.rows_on == "host":
+            self._apply_around_rows(fn, recurse)
+        else:
+            amult, capacity = self._amult.used, self.capacity
+            A_trained, B_trained = self.A.requires_grad, self.B.requires_grad
+            # On some conversions torch makes a new Parameter, which it refuses of integers that require a gradient.
+            self.A.requires_grad = self.B.requires_grad = False
+            try:
+                super()._apply(fn, recurse)
+            finally:
+                if not isinstance(self.A, GrowingWeight):
+                    self.A, self.B = GrowingWeight(self.A.data), RowsParameter(self.B.data)
+                self.A.requires_grad, self.B.requires_grad = A_trained, B_trained
+            self.set_rows(self.A.data, self.B.data, amult, self.decay)
+            self.reserve(capacity)
         if pending is not None:
-            device = self.A.device
+            device = self.device
             self.A.grad = pending.apply(lambda t: t.to(device, torch.promote_types(self.A.dtype, torch.float32)))
         return self
+
+    def _apply_around_rows(self, fn, recurse: bool) -> None:
+        """``_apply`` of rows on the host: to ``amult`` and bias; of what it does to ``A`` and ``B``, their dtype alone."""
+        parameters, capacity = self._parameters, self.capacity
+        empty = fn(torch.empty(0, dtype=self.A.dtype, device=self.device))
+        self._parameters = {name: value for name, value in parameters.items() if name not in ("A", "B")}
+        super()._apply(fn, recurse)
+        self._parameters = parameters | self._parameters
+        self._amult.storage = self._amult.storage.to(empty.device, torch.promote_types(empty.dtype, torch.float32))
+        if self._bmult is not None:
+            self._bmult.storage = self._bmult.storage.to(empty.device)
+        if empty.dtype != self.A.dtype:
+            self.to_rows_dtype(empty.dtype)
+            self.reserve(capacity)
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         super()._save_to_state_dict(destination, prefix, keep_vars)
@@ -291,7 +441,7 @@ class Rows(nn.Module):
         else:
             if local_metadata.get("assign_to_params_buffers", False):  # as torch: the state's dtype and device
                 self.A = GrowingWeight(rows["A"].detach(), self.A.requires_grad)
-                self.B = nn.Parameter(rows["B"].detach(), self.B.requires_grad)
+                self.B = RowsParameter(rows["B"].detach(), self.B.requires_grad)
                 self.set_rows(**rows)
             else:
                 self.set_rows(**{name: part.detach().clone() for name, part in rows.items()})
@@ -304,21 +454,85 @@ class Rows(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         """Without reserved room and pending rows: copies and pickles hold the rows alone."""
-        state = {k: v for k, v in self.__dict__.items() if k not in ("_A", "_B", "_amult")}
+        state = {k: v for k, v in self.__dict__.items() if k not in ("_A", "_B", "_amult", "_bmult")}
         state["_parameters"] = dict(self._parameters)
         state["_parameters"]["A"] = GrowingWeight(self._A.used.clone(), self.A.requires_grad)
-        state["_parameters"]["B"] = nn.Parameter(self._B.used.clone(), requires_grad=self.B.requires_grad)
+        state["_parameters"]["B"] = RowsParameter(self._B.used.clone(), self.B.requires_grad)
         return {**state, "_amult": self._amult.used.clone()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         amult = state.pop("_amult")
         super().__setstate__(state)
+        self._amult = Reserved(amult)
         self.set_rows(self.A.data, self.B.data, amult, self.decay)
 
 
 def rows_norm(A: Tensor, B: Tensor) -> Tensor:
     """Norm of rows in function space, ``|Δ|² = Σ_ij (a_i . a_j) K(b_i, b_j)`` with K the zero-mean ReLU kernel; 0-d."""
-    return ((A @ A.T) * relu_kernel(B, B)).sum().clamp(min=0).sqrt()
+    return rows_norm_of_grams(A @ A.T, B @ B.T)
+
+
+def rows_norm_of_grams(A: Tensor, B: Tensor) -> Tensor:
+    """:func:`rows_norm` from the inner products of the rows' two parts, [..., n, n] each: [...]."""
+    return product_norm_of_grams(A, relu_kernel_of_gram(B))
+
+
+def product_norm_of_grams(A: Tensor, B: Tensor) -> Tensor:
+    """Norm of ``XᵀY`` for X [n, ...], Y [n, ...] from their inner products [..., n, n] each: [...]."""
+    return (A * B).sum((-2, -1)).clamp(min=0).sqrt()
+
+
+def converted(A: Tensor, B: Tensor, amult: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """Rows of any of ``DTYPES`` as those of one of them, the same function within rounding.
+
+    Args:
+        A: [k, r_out].
+        B: [k, r] of norm 1, or int8.
+        amult: [k].
+
+    Returns:
+        ``A``, ``B``, ``amult``, and of int8 rows ``bmult`` [k].
+    """
+    bmult: tuple[Tensor, ...] = ()
+    if dtype == torch.int8 != A.dtype:
+        A, scale = _in_blocks(lambda part: scaled(part, dtype), A)
+        amult = amult * scale.to(amult.device)
+    if B.dtype == dtype == torch.int8:
+        bmult = _in_blocks(lambda part: directed(part, dtype)[1:], B)
+    elif torch.int8 in (B.dtype, dtype):
+        B, *bmult = _in_blocks(lambda part: directed(part, dtype), B)
+    return A.to(dtype), B.to(dtype), amult, *bmult
+
+
+def _in_blocks(function: Callable[[Tensor], tuple[Tensor, ...]], rows: Tensor) -> tuple[Tensor, ...]:
+    """What ``function`` makes of blocks of rows, joined."""
+    return tuple(torch.cat(parts) for parts in zip(*map(function, rows.split(CONVERTED_AT_ONCE)), strict=True))
+
+
+def scaled(A: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """A [k, r_out] as rows of ``dtype`` hold it, up to a cast, and what each row was divided by [k], in at least float32.
+
+    int8 rows are rounded to nearest, and zero where they were smaller than float32 tells apart. What is not finite leaves a
+    scale that is not.
+    """
+    if dtype != torch.int8:
+        scale = row_scale(A) if dtype.itemsize < 4 else A.new_ones(len(A))
+        return A / scale[:, None], scale
+    A = A.to(torch.promote_types(A.dtype, torch.float32))
+    scale = A.abs().amax(1) / LARGEST
+    scale = torch.where(scale < torch.finfo(torch.float32).tiny, 1, scale)
+    return (A / scale[:, None]).round().to(dtype), scale
+
+
+def directed(B: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """Directions B [k, r] as rows of ``dtype`` hold them, up to a cast; for int8 also one over their norms [k], float32."""
+    if torch.int8 not in (B.dtype, dtype):
+        return (B,)
+    if B.dtype != torch.int8:
+        B, _ = scaled(B, torch.int8)
+    # In float64 the sum is exact and the rest is rounded alike by every device: nobody has to keep these numbers.
+    bmult = (1 / B.double().square().sum(1).clamp(min=1).sqrt()).float()
+    return (B, bmult) if dtype == torch.int8 else (B * bmult[:, None],)
 
 
 def row_scale(A: Tensor) -> Tensor:
@@ -327,6 +541,18 @@ def row_scale(A: Tensor) -> Tensor:
     exponent = torch.frexp(largest).exponent - 1
     usable = (largest > 0) & largest.isfinite()
     return torch.ldexp(torch.ones_like(largest), torch.where(usable, exponent, 0))
+
+
+def check_rows_dtype(dtype: torch.dtype) -> None:
+    """Raise TypeError unless rows can be of this dtype."""
+    if dtype not in DTYPES:
+        raise TypeError(f"rows have dtype {dtype}; it must be one of {', '.join(map(str, DTYPES))}")
+
+
+def check_place(place: str, *more: str) -> None:
+    """Raise ValueError unless ``place`` is where rows can be kept, or one of ``more``."""
+    if place not in (places := (*get_args(Place), *more)):
+        raise ValueError(f"rows_on is {place!r}; it must be one of {', '.join(map(repr, places))}")
 
 
 def rows_problem(A: Tensor, B: Tensor, amult: Tensor, r: int, r_out: int, prefix: str = "") -> str | None:

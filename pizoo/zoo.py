@@ -22,11 +22,13 @@ from torch import nn
 from pizoo import checkpoint
 from pizoo.checkpoint import CheckpointError
 from pizoo.data import ASSETS, Normalize, dataset_path, load_dataset
-from pizoo.models import KernelRegressor, PiNet
+from pizoo.models import InfPiMLP, KernelLearner, KernelRegressor, PiNet
+from pizoo.rows import check_place
 
 log = logging.getLogger("pizoo")
 
 PACKAGE = Path(__file__).parent
+TUNED = "tuned"  # in a kernel entry's card, the one with settings chosen on held-out training images
 
 
 class UnknownEntryError(ValueError):
@@ -45,8 +47,9 @@ def cards_dir() -> Path:
 
 
 def list_entries(pattern: str = "*") -> list[str]:
-    """Names of the zoo's entries that match a glob pattern, sorted."""
-    names = sorted(config.parent.name for config in cards_dir().glob(f"*/{checkpoint.CONFIG}"))
+    """Names of the zoo's entries that match a glob pattern, sorted; with a slash in it, of their tuned ones: ``*/tuned``."""
+    folders = (config.parent for config in cards_dir().glob(f"*/{TUNED if '/' in pattern else ''}/{checkpoint.CONFIG}"))
+    names = sorted(folder.relative_to(cards_dir()).as_posix() for folder in folders)
     return [name for name in names if fnmatchcase(name, pattern)]
 
 
@@ -56,7 +59,7 @@ def card(entry: str) -> Path:
     Raises:
         UnknownEntryError: no such entry; offers the nearest.
     """
-    if entry not in list_entries():
+    if entry not in list_entries(entry):
         raise unknown(entry)
     return cards_dir() / entry
 
@@ -77,7 +80,7 @@ def folder_of(entry: str | os.PathLike) -> Path:
     Raises:
         UnknownEntryError: neither an entry nor a folder.
     """
-    if isinstance(entry, str) and entry in list_entries():
+    if isinstance(entry, str) and entry in list_entries(entry):
         return card(entry)
     if not Path(entry).is_dir():
         raise unknown(entry)
@@ -120,7 +123,8 @@ def load(
     dtype: torch.dtype | None = None,
     revision: str | None = None,
     epoch: int | None = None,
-) -> PiNet | KernelRegressor:
+    rows_on: str = "auto",
+) -> PiNet | KernelRegressor | KernelLearner:
     """Load an entry of the zoo, or a checkpoint from a folder.
 
     Args:
@@ -129,7 +133,9 @@ def load(
         device: where to; None: the CPU.
         dtype: of parameters and rows; None: float32, rows as stored.
         revision: of a repository that keeps revisions; cards and folders on this machine have one state: None.
-        epoch: of a training checkpoint, the epoch to load; None: the last.
+        epoch: of a training checkpoint, the epoch to load; None: the one its training chose, else the last.
+        rows_on: where the rows of an infinite net are kept, now and when it is moved: "device", "host" (they stream to the
+            device in every pass), or "auto": on the host, with a warning, if they do not fit a GPU.
 
     Returns:
         the net in eval mode. ``config`` is its ``config.json``. A kernel regressor needs its training images before it
@@ -139,6 +145,7 @@ def load(
         UnknownEntryError: neither an entry nor a folder.
         WeightsNotFoundError: its weights are not here.
         CheckpointError: a checkpoint that is damaged or not what it claims.
+        NotEnoughMemory: rows that fit neither the device nor the host.
     """
     if revision is not None:
         raise ValueError(f"revision is {revision!r}; {entry} is a folder on this machine, which has no revisions")
@@ -146,9 +153,12 @@ def load(
     if not pretrained:
         found = checkpoint.read_config(folder)
         model = checkpoint.build(found["pizoo"], device, dtype).eval()
+        check_place(rows_on, "auto")
+        if isinstance(model, InfPiMLP) and rows_on != "auto":
+            model.keep_rows_on(rows_on)
     else:
         check_weights(folder)
-        model, found = checkpoint.load(folder, epoch, device, dtype)
+        model, found = checkpoint.load(folder, epoch, device, dtype, rows_on)
         log.info("loaded %s from %s%s", entry, folder, _compact_of(found))
         if isinstance(model, KernelRegressor):
             _attach_shipped(model, found)

@@ -32,6 +32,7 @@ TINY = (f"data.subset={N}", f"train.epochs={EPOCHS}", "train.batch_size=16", "tr
 RECIPES = {
     "infpi": ("digits_infpi", (*TINY, "model.r=8", "train.dtype=float32", "train.weight_decay=0.01")),
     "float16": ("digits_infpi", (*TINY, "model.r=8", "train.dtype=float16")),
+    "int8": ("digits_infpi", (*TINY, "model.r=8", "train.dtype=int8", "train.weight_decay=0.01")),
     "momentum": (
         "digits_infpi",
         (
@@ -45,7 +46,7 @@ RECIPES = {
     ),
     "finpi": ("digits_finpi", (*TINY, "model.r=8", "model.width=16", "train.momentum=0.9")),
 }
-GROWING = ("infpi", "float16", "momentum")
+GROWING = ("infpi", "float16", "int8", "momentum")
 
 
 class Stop(Exception):
@@ -130,17 +131,17 @@ def shipped(tmp_path):
 def ship(model: nn.Module, folder: Path) -> Path:
     x = torch.randn(5, 6, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        checkpoint.save(folder, model, {"note": "mine"}, x, model.eval()(x))
+        checkpoint.save(folder, model, {"note": "mine"}, {"x": x, "logits": model.eval()(x)})
     return folder
 
 
 # Shipped nets
 
 
-def grown() -> InfPiMLP:
-    """A net after a few steps: float16 rows, a decay factor that is not 1."""
+def grown(rows_dtype: torch.dtype = torch.float16) -> InfPiMLP:
+    """A net after a few steps: short rows, a decay factor that is not 1."""
     torch.manual_seed(0)
-    model = InfPiMLP(d_in=6, d_out=3, r=4, hidden_layers=3, bias_alpha=0.5, layernorm=True, rows_dtype=torch.float16)
+    model = InfPiMLP(d_in=6, d_out=3, r=4, hidden_layers=3, bias_alpha=0.5, layernorm=True, rows_dtype=rows_dtype)
     optimizer = PiSGD(param_groups(model, lr=0.5, weight_decay=0.1), lr=0.5)
     for _ in range(3):
         nn.functional.cross_entropy(model(torch.randn(7, 6)), torch.arange(7) % 3).backward()
@@ -153,10 +154,11 @@ def grown() -> InfPiMLP:
     "make",
     [
         grown,
+        lambda: grown(torch.int8),
         lambda: FinPiMLP(d_in=6, d_out=3, width=9, r=4, last_bias_alpha=0.0),
         lambda: MuMLP(d_in=6, d_out=3, width=9, hidden_layers=1, bias_alpha=0.0),
     ],
-    ids=["InfPiMLP", "FinPiMLP", "MuMLP"],
+    ids=["InfPiMLP", "InfPiMLP of int8", "FinPiMLP", "MuMLP"],
 )
 def test_a_shipped_net_comes_back_to_the_bit(make, tmp_path):
     model = make().eval()
@@ -193,6 +195,15 @@ def test_dtype_and_device_are_the_callers_where_given(tmp_path):
     wide, _ = checkpoint.load(tmp_path, device="cpu", dtype=torch.float64)
     assert {p.dtype for p in wide.parameters()} == {torch.float64}
     assert torch.equal(wide.output.A, as_stored.output.A.double())
+
+
+def test_int8_rows_load_as_floats_of_the_same_function(finished, monkeypatch):
+    monkeypatch.setattr(checkpoint, "READ_BYTES", 100)  # a few rows at once
+    folder, _ = finished["int8"]
+    as_stored, floats = (pizoo.load(folder, dtype=dtype) for dtype in (None, torch.float32))
+    assert (as_stored.output.A.dtype, floats.output.A.dtype, floats.output.bmult) == (torch.int8, torch.float32, None)
+    x = torch.randn(5, 64, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(floats(x), as_stored(x), rtol=1e-5, atol=1e-6)
 
 
 def test_shipping_again_replaces_the_net(tmp_path):
@@ -233,8 +244,8 @@ def test_segments_and_states_are_never_written_again(tmp_path):
     seen: dict[str, tuple[int, str]] = {}
     save = checkpoint.save_epoch
 
-    def save_and_look(folder, *args, **kwargs):
-        save(folder, *args, **kwargs)
+    def save_and_look(folder, model, record, optimizer, keep, chosen, submit):
+        save(folder, model, record, optimizer, keep, chosen)
         for path in folder.glob("*.safetensors"):
             now = (path.stat().st_mtime_ns, checkpoint.sha256(path))
             assert seen.setdefault(path.name, now) == now, path.name
@@ -460,7 +471,7 @@ def test_the_decay_factor_is_under_the_states_digest(finished):
     for layer in ("hidden.0", "output"):
         decay = state[f"decay/{layer}"]
         assert decay.dtype == torch.float64 and 0.98 < decay.item() < 1
-        assert checkpoint.read_epoch(folder).stored[layer][1] == decay.item()
+        assert checkpoint.read_epoch(folder).state.stored[layer][1] == decay.item()
     assert "decay" not in (folder / "checkpoint.json").read_text()
 
 
@@ -651,16 +662,17 @@ def kill():
 
 def train(folder, point, entry, *overrides):
     recipe = load_recipe(entry, overrides)
-    step, fsync, count = supervised._Training._step, os.fsync, 0
+    step, fsync, count = supervised.Training._step, os.fsync, 0
     def counted_step(self, number, *args):
         if point == "step" and number == self.steps_per_epoch + 1:
+            self.writing.wait()
             kill()
         return step(self, number, *args)
     def counted_fsync(fd):
         if point == "write" and (Path(folder) / ".state-00002.safetensors.tmp").exists():
             kill()
         fsync(fd)
-    supervised._Training._step, os.fsync = counted_step, counted_fsync
+    supervised.Training._step, os.fsync = counted_step, counted_fsync
     pizoo.train(recipe, folder, device="cpu")
 
 for case in sys.argv[1:]:
@@ -691,7 +703,7 @@ def test_killed_and_resumed_a_training_ends_with_the_same_bits(finished, tmp_pat
 
 
 def test_a_run_interrupted_in_every_epoch_ends_with_the_same_bits(finished, tmp_path, monkeypatch):
-    step = supervised._Training._step
+    step = supervised.Training._step
     for stop_at in (1, 4, 7):  # an epoch has 3 steps
 
         def stops(self, number, *args, stop_at=stop_at):
@@ -699,7 +711,7 @@ def test_a_run_interrupted_in_every_epoch_ends_with_the_same_bits(finished, tmp_
                 raise Stop
             return step(self, number, *args)
 
-        monkeypatch.setattr(supervised._Training, "_step", stops)
+        monkeypatch.setattr(supervised.Training, "_step", stops)
         with pytest.raises(Stop):
             pizoo.train(recipe("momentum"), tmp_path, device="cpu")
     monkeypatch.undo()

@@ -25,29 +25,6 @@ TINY = ("--set", "data.subset=200", "--set", "train.epochs=2")
 TINY_NET = ("--set", "model.r=16", *TINY)
 
 
-class Outcome:
-    def __init__(self, code: int, out: str, err: str):
-        self.code, self.out, self.err = code, out, err
-
-
-@pytest.fixture
-def pizoo_command(monkeypatch, capsys):
-    """Runs ``pizoo ARGUMENTS...`` in this process, as the installed command does."""
-
-    def run(*arguments: object) -> Outcome:
-        monkeypatch.setattr(sys, "argv", ["pizoo", *map(str, arguments)])
-        capsys.readouterr()
-        try:
-            cli.main()
-            code = 0
-        except SystemExit as stop:
-            code = stop.code or 0
-        captured = capsys.readouterr()
-        return Outcome(code, captured.out, captured.err)
-
-    return run
-
-
 @pytest.fixture(autouse=True)
 def no_data_folder(monkeypatch, tmp_path):
     """No data but what is in the package, and nothing written where the tests run."""
@@ -163,24 +140,45 @@ def test_a_long_path_goes_on_in_the_next_line_and_no_column_is_cut(pizoo_command
     assert table[0].split()[1:3] == ["verified", "probe"]
 
 
-def test_help_says_what_quick_does_not_check(pizoo_command):
+def test_help_says_what_quick_checks(pizoo_command):
     shown = " ".join(re.sub(r"[│╭╮╰╯─]", " ", pizoo_command("verify", "--help").out).split())
-    assert "Not for kernel entries whose training images do not ship (cifar10_nngp, cifar10_ntk)" in shown
+    assert "Of kernel entries it checks what a few training images contribute" in shown
     assert "a GPU if there is one" in shown  # in square brackets it would be taken for markup, and vanish
+
+
+def test_several_seeds_are_trained_side_by_side_and_summed_up(pizoo_command, tmp_path):
+    shown = pizoo_command("train", "digits_infpi", *TINY_NET, "--seeds", "0,2")
+    assert shown.code == 0, shown.err
+    results = json.loads((tmp_path / "runs" / "digits_infpi" / "results.json").read_text())
+    assert [run["seed"] for run in results["seeds"]] == [0, 2]
+    for run in results["seeds"]:
+        (line,) = [line for line in shown.out.splitlines() if f"seed {run['seed']}" in line]
+        assert f"{run['accuracy']:.2f}" in line and f"(epoch {run['best_epoch']['epoch']})" in line
+    assert f"{results['mean_accuracy']:.2f} ± {results['standard_error']:.2f} %, 2 runs from" in shown.out
+    alone = pizoo_command("evaluate", "runs/digits_infpi/seed-2")
+    assert f"{results['seeds'][1]['accuracy']:.2f}" in alone.out
+    refused = pizoo_command("train", "digits_infpi", "--seeds", "2-0")
+    assert refused.code == 2 and one_line(refused.err)
+
+
+def test_verify_says_what_it_measured_on_fewer_images(pizoo_command):
+    shown = pizoo_command("verify", "digits_mu", "digits_ntk", "--images", 20)
+    assert shown.code == 0 and "of the first 20 test images" in shown.out
+    assert pizoo_command("verify", "digits_mu", "--images", 20, "--quick").code == 2
 
 
 def test_train_goes_on_after_an_interruption_as_it_says(pizoo_command, tmp_path, monkeypatch):
     from pizoo.training import supervised
 
     with monkeypatch.context() as patch:
-        real = supervised._Training._step
+        real = supervised.Training._step
 
         def interrupted(self, step, *args):
             if step == 14:
                 raise KeyboardInterrupt
             return real(self, step, *args)
 
-        patch.setattr(supervised._Training, "_step", interrupted)
+        patch.setattr(supervised.Training, "_step", interrupted)
         stopped = pizoo_command("train", "digits_infpi", *TINY_NET, "--out", tmp_path / "run")
     assert stopped.code == 130 and "the same command goes on" in stopped.err
     assert pizoo_command("train", "digits_infpi", *TINY_NET, "--out", tmp_path / "run").code == 0
@@ -227,6 +225,7 @@ def test_a_number_that_was_not_measured_is_a_mismatch(pizoo_command, card, tmp_p
     folder = card("digits_mu")
     results = json.loads((folder / "results.json").read_text())
     results["accuracy"] -= 0.1  # less than one test image
+    del results["correct_sha256"]  # which would tell on it before anything is measured
     (folder / "results.json").write_text(json.dumps(results))
     shown = pizoo_command("verify", folder, "--json", tmp_path / "reports.json")
     assert shown.code == 1 and "further apart than 0.05 points" in shown.out
@@ -395,13 +394,14 @@ def test_reproduce_makes_a_card_that_verifies(pizoo_command, tmp_path, monkeypat
     from pizoo import recipes
 
     recipe = recipes.load_recipe("digits_infpi", ("model.r=8", "data.subset=100", "train.epochs=2"))
-    monkeypatch.setattr(recipes, "load_recipe", lambda entry: recipe)
-    arguments = ("reproduce", "digits_infpi", "--seeds", 2, "--cards", "cards", "--runs", "trainings")
+    monkeypatch.setattr(recipes, "load_recipe", lambda entry, overrides: recipe)
+    arguments = ("reproduce", "digits_infpi", "--seeds", "0-1", "--cards", "cards", "--runs", "trainings")
     made = pizoo_command(*arguments)
     assert made.code == 0, made.err
     card = tmp_path / "cards" / "digits_infpi"
     results = json.loads((card / "results.json").read_text())
     assert f"{results['mean_accuracy']:.2f} ± {results['standard_error']:.2f} %, 2 runs" in made.out
+    assert "; verified; " in made.out
     assert [run["seed"] for run in results["seeds"]] == [0, 1]
     assert sorted(path.name for path in (tmp_path / "trainings" / "digits_infpi").iterdir()) == ["seed-0", "seed-1"]
     assert pizoo_command("verify", card).code == 0
@@ -410,6 +410,35 @@ def test_reproduce_makes_a_card_that_verifies(pizoo_command, tmp_path, monkeypat
     before = {path.name: path.read_bytes() for path in card.iterdir()}
     assert pizoo_command(*arguments).code == 0
     assert before == {path.name: path.read_bytes() for path in card.iterdir()}
+
+
+def test_reproduce_of_a_changed_recipe_stays_out_of_the_zoos_cards(pizoo_command, tmp_path):
+    changed = ("reproduce", "digits_nngp", "digits_ntk", "--seeds", 3, "--set", "data.subset=100")
+    for folders in ((), ("--cards", "cards"), ("--runs", "trainings")):
+        refused = pizoo_command(*changed, *folders)
+        assert refused.code == 2 and "give --cards and --runs of their own" in refused.err
+    made = pizoo_command(*changed, "--cards", "cards", "--runs", "trainings")
+    assert made.code == 0 and made.out.count("; verified; ") == 2 and "all: " in made.out
+    config = checkpoint.read_config(tmp_path / "cards" / "digits_ntk")
+    assert (config["recipe"]["data"]["subset"], config["recipe"]["data"]["split"]) == (100, 3)
+
+
+def test_a_card_that_does_not_verify_fails_the_reproduction(pizoo_command, monkeypatch):
+    from pizoo.training import reproduce
+
+    real = reproduce.percent
+    monkeypatch.setattr(reproduce, "percent", lambda right: real(right) + 1)
+    arguments = ("reproduce", "digits_nngp", "--seeds", "0", "--cards", "cards", "--runs", "trainings")
+    made = pizoo_command(*arguments)
+    assert made.code == 1 and "; mismatch; " in made.out
+
+
+def test_card_writes_a_card_again_from_what_it_records(pizoo_command, card):
+    folder = card("digits_nngp")
+    text = (folder / "README.md").read_text()
+    (folder / "README.md").write_text("")
+    assert pizoo_command("card", "digits_nngp", "--cards", folder.parent).code == 0
+    assert (folder / "README.md").read_text() == text
 
 
 # Errors

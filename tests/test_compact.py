@@ -15,13 +15,14 @@ from pizoo import checkpoint, zoo
 from pizoo.checkpoint import CheckpointError
 from pizoo.compaction.fit import RIDGES, FewRows, landmarks, relative_error, row_features
 from pizoo.compaction.full import READOUT_SHARE, Full, row_counts
-from pizoo.compaction.ship import compact_checkpoint, rows_within, stored_bytes
 from pizoo.evaluation.accuracy import accuracy
 from pizoo.functional import unit
 from pizoo.models import InfPiMLP
 from pizoo.nn import InfPiLinear
 from pizoo.optim import PiSGD, param_groups
+from pizoo.recipes import Compact
 from pizoo.rows import row_scale
+from pizoo.training.compact import compact_checkpoint, rows_within, stored_bytes
 
 ROWS, STEPS = 100, 300
 
@@ -58,7 +59,7 @@ def trained(tmp_path_factory):
 def shipped(trained, tmp_path_factory):
     """(folder of its compact net, what was returned)."""
     folder = tmp_path_factory.mktemp("shipped")
-    return folder, compact_checkpoint(trained, folder, 60, steps=100, device="cpu")
+    return folder, compact_checkpoint(trained, folder, Compact(rows=60, steps=100), device="cpu")
 
 
 def random_net(dtype=torch.float64, **hparams) -> InfPiMLP:
@@ -114,7 +115,7 @@ def test_ridge_regression_is_the_minimum_of_its_objective(role, layernorm):
     residual = layer.finish(features @ A) / layer.alpha - out / layer.alpha
     objective = residual.square().sum() / len(g) + weight * (A * (kernel @ A)).sum()
     (gradient,) = torch.autograd.grad(objective, A)
-    at_zero = 2 * (features.T @ (out / layer.alpha - layer.finish(torch.zeros(1)) / layer.alpha)) / len(g)
+    at_zero = 2 * (features.T @ (out / layer.alpha - layer.finish(torch.zeros(1)) / layer.alpha).double()) / len(g)
     assert gradient.norm() < 1e-3 * at_zero.norm()
 
 
@@ -127,7 +128,7 @@ def test_the_ridge_is_chosen_by_held_out_error():
     B = landmarks(g, 50, 0)
     chosen = FewRows(layer, B, (g, noisy), (held_out, smooth(held_out)))
     fooled = FewRows(layer, B, (g, noisy), (g, noisy))
-    assert chosen.ridge > fooled.ridge == min(RIDGES)
+    assert chosen.ridge > 10 * fooled.ridge
     assert chosen.error < 0.9 * relative_error(fooled(held_out), smooth(held_out))
 
 
@@ -141,7 +142,7 @@ def test_what_is_trained_begins_as_the_regression_and_is_stored_as_it_is(full):
     few.store()
     assert layer.count == 80 and layer.A.dtype == torch.float16
     assert torch.equal(row_scale(layer.A.float()), torch.ones(80))  # float16's small numbers are far away
-    assert relative_error(layer(g), few(g)) < 2e-3
+    assert relative_error(layer(g), few(g)) < 1e-2
 
 
 # Whole nets
@@ -163,14 +164,11 @@ def test_what_the_full_net_gives_is_what_it_gives(hparams):
     assert full.measure(few, "held out")["logits_error"] < 0.1
 
 
-def test_rows_in_blocks_are_the_rows():
+def test_rows_on_the_host_give_the_same_net():
     net, x = random_net(), torch.randn(700, 12, dtype=torch.float64)
-    blocks = {
-        name: list(zip(*(t.split(17) for t in layer.block), strict=True)) for name, layer in net.growing_layers.items()
-    }
-    whole, streamed = Full(net, x), Full(net, x, rows=blocks)
-    assert streamed.counts == whole.counts == {"hidden.0": 46, "output": 46}
-    assert relative_error(streamed.logits("fit"), whole.logits("fit")) < 1e-6
+    on_device = pizoo.compact(net, x, 30, steps=5).state_dict()
+    on_host = pizoo.compact(net.keep_rows_on("host"), x, 30, steps=5).state_dict()
+    assert all(torch.equal(on_device[name], on_host[name]) for name in on_device)
 
 
 def test_few_rows_compute_what_many_do(digits, full, small):
@@ -181,7 +179,8 @@ def test_few_rows_compute_what_many_do(digits, full, small):
         few, many = small(test_x), model(test_x)
     assert abs(accuracy(few, test_y) - accuracy(many, test_y)) < 1.5
     measured = full.measure(small, "test")
-    assert measured["agreement"] == pytest.approx(accuracy(few, many.argmax(1)), abs=0.01) > 97
+    assert measured["agreement"] > 97
+    assert measured["agreement"] == pytest.approx(accuracy(few, many.argmax(1)), abs=0.01)
     assert measured["logits_error"] == pytest.approx(relative_error(few, many), abs=1e-3)
 
 
@@ -254,9 +253,9 @@ def test_one_number_of_rows_or_one_for_every_layer():
         ValueError, match=r"rows is \[5, 6\]; it must be one number, or one for each of hidden.0, hidden.1"
     ):
         row_counts([5, 6], full)
-    with pytest.raises(ValueError, match="rows is 1,001 for hidden.0, which has 1,000: there is nothing to compact"):
+    with pytest.raises(ValueError, match=r"rows is 1,001 for hidden.0, which has 1,000: there is nothing to compact"):
         row_counts(1001, full)
-    with pytest.raises(ValueError, match="rows of hidden.0 is 0; it must be a positive integer"):
+    with pytest.raises(ValueError, match=r"rows of hidden.0 is 0; it must be a positive integer"):
         row_counts(0, full)
 
 
@@ -264,11 +263,11 @@ def test_what_cannot_be_compacted_is_refused(digits):
     model, train_x, _, _ = digits
     with pytest.raises(TypeError, match="model is a FinPiMLP; only an InfPiMLP has rows to make fewer of"):
         pizoo.compact(pizoo.load("digits_finpi"), train_x)
-    with pytest.raises(ValueError, match="200 rows are asked for, with 90 inputs to fit to"):
-        pizoo.compact(model, train_x[:50], 200, steps=0)
+    with pytest.raises(ValueError, match="300 rows are asked for, with 270 inputs to fit to"):
+        pizoo.compact(model, train_x[:50], 300, steps=0)
     with pytest.raises(ValueError, match=r"x has shape \[1, 1, 8, 8\]; it must hold at least two inputs"):
         pizoo.compact(model, train_x[:1], 10)
-    with pytest.raises(ValueError, match="x has shape .* it must be"):
+    with pytest.raises(ValueError, match=r"x has shape .* it must be"):
         pizoo.compact(model, train_x[..., :7], 10)
     with pytest.raises(ValueError, match="steps is -1"):
         pizoo.compact(model, train_x[:50], 10, steps=-1)
@@ -277,26 +276,14 @@ def test_what_cannot_be_compacted_is_refused(digits):
 # Checkpoints
 
 
-def test_the_rows_of_a_training_checkpoint_are_those_of_its_net(trained):
-    for epoch in (None, 2):
-        model, (streamed, config, blocks) = pizoo.load(trained, epoch=epoch), checkpoint.load_streamed(trained, epoch)
-        assert config == model.config and set(blocks) == {"hidden.0", "output"}
-        for name, layer in model.growing_layers.items():
-            assert len(blocks[name]) == 1 + (epoch or 3)
-            for joined, part in zip(zip(*blocks[name], strict=True), layer.block, strict=True):
-                assert torch.equal(torch.cat(joined), part)
-            assert streamed.growing_layers[name].count == 16  # what it began with; the others stay on the disk
-        x = torch.randn(5, 64)
-        assert torch.equal(streamed.input(x), model.input(x))
-
-
 def test_a_compact_checkpoint_holds_both_numbers(trained, shipped):
     folder, results = shipped
     before, after = (json.loads((path / "results.json").read_text()) for path in (trained, folder))
     assert after == json.loads(json.dumps(results))
-    assert after["full"] == {"rows": {"hidden.0": 616, "output": 616}, "accuracy": before["accuracy"]}
+    made = after["compact"]
+    assert made["full_rows"] == {"hidden.0": 616, "output": 616} and made["full_accuracy"] == before["accuracy"]
     assert after["mean_accuracy"] == before["accuracy"] and after["history"] == before["history"]
-    (point,) = after["compact"]["sizes"]
+    (point,) = made["sizes"]
     assert point["accuracy"] == after["accuracy"] and point["rows"] == {"hidden.0": 60, "output": 15}
     assert pizoo.evaluate(folder)["accuracy"] == pytest.approx(after["accuracy"], abs=1e-9)
     assert point["bytes"] <= (folder / "model.safetensors").stat().st_size <= point["bytes"] + 4096
@@ -312,7 +299,9 @@ def test_load_says_that_it_gave_a_compact_net(trained, shipped, caplog):
     caplog.set_level(logging.INFO, "pizoo")
     net = pizoo.load(folder)
     assert net.compacted["full_rows"] == {"hidden.0": 616, "output": 616}
-    accuracies = f"{results['accuracy']:.2f} % on the test set, the full net {results['full']['accuracy']:.2f} %"
+    accuracies = (
+        f"{results['accuracy']:.2f} % on the test set, the full net {results['compact']['full_accuracy']:.2f} %"
+    )
     assert f"a compact net, 60 + 15 rows for the full net's 616 + 616, {accuracies}" in caplog.text
     caplog.clear()
     assert pizoo.load(trained).compacted is None
@@ -322,18 +311,18 @@ def test_load_says_that_it_gave_a_compact_net(trained, shipped, caplog):
 def test_shipped_again_it_still_says_so(shipped, tmp_path):
     net = pizoo.load(shipped[0])
     x = torch.randn(3, 64)
-    checkpoint.save(tmp_path, net, net.config, x, net(x))
+    checkpoint.save(tmp_path, net, net.config, {"x": x, "logits": net(x)})
     assert pizoo.load(tmp_path).compacted == net.compacted
 
 
 def test_the_file_is_as_small_as_asked(trained, tmp_path):
-    for megabytes in (0.008, 0.02):
-        compact_checkpoint(trained, tmp_path, megabytes=megabytes, steps=0, device="cpu")
+    for megabytes, dtype in ((0.008, "float16"), (0.02, "float16"), (0.02, "int8")):
+        compact_checkpoint(trained, tmp_path, Compact(megabytes=megabytes, steps=0, dtype=dtype), device="cpu")
         size = (tmp_path / "model.safetensors").stat().st_size
         assert 0.6 * megabytes * 1e6 < size <= megabytes * 1e6
     model = pizoo.load(trained)
     with pytest.raises(ValueError, match=r"megabytes is 0.001; a net like this takes 0.01 at least"):
-        rows_within(model, 0.001)
+        rows_within(model, 0.001, torch.float16)
 
 
 def test_float32_that_fits_float16_is_stored_so_and_nothing_else():
@@ -352,10 +341,10 @@ def test_float32_that_fits_float16_is_stored_so_and_nothing_else():
 
 def test_a_curve_is_recorded_and_drawn(trained, tmp_path):
     pytest.importorskip("matplotlib")
-    results = compact_checkpoint(trained, tmp_path, 64, steps=0, curve=True, device="cpu")
+    results = compact_checkpoint(trained, tmp_path, Compact(rows=64, steps=0), curve=True, device="cpu")
     assert [point["rows"]["hidden.0"] for point in results["compact"]["sizes"]] == [8, 16, 32, 64]
     assert pizoo.load(tmp_path).hidden[0].count == 64
-    assert (tmp_path / "compact.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "sizes.png").read_bytes().startswith(b"\x89PNG")
     sizes = [point["bytes"] for point in results["compact"]["sizes"]]
     assert sizes == sorted(sizes) and sizes[-1] == stored_bytes(pizoo.load(tmp_path))
 
@@ -363,14 +352,14 @@ def test_a_curve_is_recorded_and_drawn(trained, tmp_path):
 def test_a_folder_that_holds_another_checkpoint_is_left_alone(trained, shipped, tmp_path):
     copy = Path(shutil.copytree(trained, tmp_path / "copy"))
     with pytest.raises(CheckpointError, match="holds a checkpoint that is not a compact net"):
-        compact_checkpoint(trained, copy, 60, device="cpu")
+        compact_checkpoint(trained, copy, Compact(rows=60), device="cpu")
     assert {file.name: file.stat().st_size for file in copy.iterdir()} == {
         file.name: file.stat().st_size for file in trained.iterdir()
     }
-    with pytest.raises(TypeError, match="digits_mu is a MuMLP"):
-        compact_checkpoint("digits_mu", tmp_path / "mu", 60, device="cpu")
+    with pytest.raises(TypeError, match="model is a MuMLP"):
+        compact_checkpoint("digits_mu", tmp_path / "mu", Compact(rows=60), device="cpu")
     with pytest.raises(zoo.WeightsNotFoundError):
-        compact_checkpoint("cifar10_infpi", tmp_path / "none", 60, device="cpu")
-    with pytest.raises(ValueError, match="617 for hidden.0, which has 616"):
-        compact_checkpoint(trained, tmp_path / "more", 617, device="cpu")
+        compact_checkpoint("cifar10_infpi", tmp_path / "none", Compact(rows=60), device="cpu")
+    with pytest.raises(ValueError, match=r"617 for hidden.0, which has 616"):
+        compact_checkpoint(trained, tmp_path / "more", Compact(rows=617), device="cpu")
     assert not (tmp_path / "mu").exists() and not (tmp_path / "none").exists()

@@ -203,8 +203,11 @@ def test_feature_kernels_ignore_the_scale_of_features() -> None:
 def test_ridge_regression_solves_its_normal_equations() -> None:
     x, targets = random_points(8, 12, 12)
     kernel = functional.relu_kernel(x, x)
-    dual = functional.solve_ridge(kernel.clone(), targets, 0.1)
-    torch.testing.assert_close(kernel @ dual + 0.1 * dual, targets)
+    for ridge in (0.1, 0.3):
+        before = kernel.clone()
+        dual = functional.solve_ridge(kernel, targets, ridge)
+        torch.testing.assert_close(kernel @ dual + ridge * dual, targets)
+        assert torch.equal(kernel, before)
     assert functional.solve_ridge(kernel.float(), targets.float(), 0.1).dtype == torch.float64
 
 

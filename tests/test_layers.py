@@ -95,7 +95,7 @@ def test_a_zero_input_gives_finite_output_gradient_and_rows(layernorm: bool, dty
         torch.testing.assert_close(out[0], layer.bias)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float16, torch.bfloat16])
 def test_short_rows_under_float32_inputs_are_summed_in_float32(dtype: torch.dtype) -> None:
     layer = make_layer(dtype=torch.float32)
     layer.to_rows_dtype(dtype)

@@ -327,6 +327,25 @@ def test_the_ntk_regressor_passes_on_all_parameters_of_its_kernel() -> None:
     torch.testing.assert_close(regressor.kernel_matrix(x, x), functional.ntk(x, x, 2, 1.2, 0.1, **options))
 
 
+def test_a_kernel_is_the_same_in_whatever_blocks_it_is_computed(monkeypatch) -> None:
+    regressor, (x_test, _) = NNGPRegressor(D, CLASSES, depth=2).fit(*data(20)), data(7, 2)
+    whole, scores = regressor.kernel_matrix(x_test, regressor.train_x), regressor(x_test)
+    monkeypatch.setattr("pizoo.models.kernel.BLOCK_ROWS", 3)
+    monkeypatch.setattr("pizoo.models.kernel.BLOCK_ENTRIES", {"cpu": 12})
+    shapes = [tuple(block.shape) for _, _, block in regressor._blocks(x_test, regressor.train_x)]
+    assert shapes == 2 * 5 * [(3, 4)] + 5 * [(1, 4)]
+    torch.testing.assert_close(regressor.kernel_matrix(x_test, regressor.train_x), whole)
+    torch.testing.assert_close(regressor(x_test), scores)
+
+
+def test_the_scores_are_a_sum_over_training_inputs() -> None:
+    regressor, (x_test, _) = NTKRegressor(D, CLASSES, depth=2).fit(*data(20)), data(7, 2)
+    first = regressor.scores(x_test, regressor.train_x[:9])
+    torch.testing.assert_close(first, regressor.kernel_matrix(x_test, regressor.train_x[:9]) @ regressor.dual[:9])
+    rest = regressor.kernel_matrix(x_test, regressor.train_x[9:]) @ regressor.dual[9:]
+    torch.testing.assert_close(first + rest, regressor(x_test))
+
+
 def test_with_a_small_ridge_the_training_labels_are_recovered() -> None:
     x, y = data(20)
     assert torch.equal(NNGPRegressor(D, CLASSES, ridge=1e-8).fit(x, y)(x).argmax(1), y)

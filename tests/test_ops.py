@@ -7,9 +7,14 @@ Triton is imported for the first time.
 
 from __future__ import annotations
 
+import itertools
 import multiprocessing
 import os
+import re
+import runpy
+import sys
 from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy
@@ -19,13 +24,20 @@ from packaging.version import Version
 
 from pizoo import ops
 from pizoo.functional import unit
-from pizoo.ops import blocked, reference
+from pizoo.ops import blocked, jacobian, reference
+from pizoo.rows import converted
 
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")
 OPS = ("growing_forward", "growing_backward", "growing_forward_jacobian")
-# Coefficients are rounded to the rows' dtype, sums are float32.
-TOLERANCE = {torch.float16: 2e-3, torch.bfloat16: 1.6e-2, torch.float32: 1e-5, torch.float64: 1e-12}
+# Coefficients are rounded to the rows' dtype (for int8 to float16), sums are float32.
+TOLERANCE = {
+    torch.int8: 2e-3,
+    torch.float16: 2e-3,
+    torch.bfloat16: 1.6e-2,
+    torch.float32: 1e-5,
+    torch.float64: 1e-12,
+}
 
 
 class Case(NamedTuple):
@@ -38,12 +50,12 @@ class Case(NamedTuple):
     dtype: torch.dtype = torch.float16
     amult: float = 1.0
     A: float = 1.0
-    unused: int = 0  # rows of capacity beyond those in use, filled with NaN
+    unused: int = 0  # rows of capacity beyond those in use, filled with NaN (of int8 rows: the multipliers)
     stride: int = 0  # columns in memory, at least r_out
 
 
 def rows(case: Case, device: torch.device = DEVICE, seed: int = 0) -> tuple:
-    """Random gbar, A, B, amult, delta and count of a case."""
+    """Random gbar, A, B, amult, delta, count and bmult of a case."""
     generator = torch.Generator(device).manual_seed(seed)
 
     def normal(*shape: int) -> torch.Tensor:
@@ -51,44 +63,52 @@ def rows(case: Case, device: torch.device = DEVICE, seed: int = 0) -> tuple:
 
     capacity, short = case.M + case.unused, torch.promote_types(case.dtype, torch.float32)
     gbar = unit(normal(case.b, case.r).to(short))[0]
-    A = (normal(capacity, max(case.stride, case.r_out)) * case.A).to(case.dtype)
-    B = unit(normal(capacity, case.r))[0].to(case.dtype)
+    A = normal(capacity, max(case.stride, case.r_out)) * case.A
+    B = unit(normal(capacity, case.r))[0]
     amult = (normal(capacity) * case.amult).to(short)
-    for part in (A, B, amult):
-        part[case.M :] = torch.nan
-    A[:, case.r_out :] = torch.nan
+    A, B, amult, *bmult = converted(A, B, amult, case.dtype)
+    for part in (A, B, amult, *bmult):
+        part[case.M :] = torch.nan if part.is_floating_point() else 127
+    A[:, case.r_out :] = torch.nan if A.is_floating_point() else 127
     count = torch.tensor([case.M], device=device) if case.unused else None
-    return gbar, A[:, : case.r_out], B, amult, normal(case.b, case.r_out).to(short), count
+    bmult = bmult[0] if bmult else None
+    return gbar, A[:, : case.r_out], B, amult, normal(case.b, case.r_out).to(short), count, bmult
 
 
-def call(module, op: str, gbar, A, B, amult, delta, count) -> tuple[torch.Tensor, ...]:
+def call(module, op: str, gbar, A, B, amult, delta, count, bmult) -> tuple[torch.Tensor, ...]:
     inputs = (gbar, A, B, amult, delta) if op == "growing_backward" else (gbar, A, B, amult)
-    result = getattr(module, op)(*inputs, count=count)
+    result = getattr(module, op)(*inputs, count=count, bmult=bmult)
     return result if isinstance(result, tuple) else (result,)
 
 
-def expected(op: str, gbar, A, B, amult, delta, count) -> tuple[torch.Tensor, ...]:
-    return call(reference, op, gbar.double(), A.double(), B.double(), amult.double(), delta.double(), count)
+def expected(op: str, gbar, A, B, amult, delta, count, bmult) -> tuple[torch.Tensor, ...]:
+    gbar, A, B, amult, delta = (part.double() for part in (gbar, A, B, amult, delta))
+    return call(reference, op, gbar, A, B, amult, delta, count, None if bmult is None else bmult.double())
 
 
-def error(result: tuple[torch.Tensor, ...], op: str, gbar, A, B, amult, delta, count) -> float:
+def error(result: tuple[torch.Tensor, ...], op: str, gbar, A, B, amult, delta, count, bmult) -> float:
     """Largest relative error; infinite if anything is not finite.
 
     A result whose terms cancel by chance is measured against what terms of that size add up to as a rule.
     """
     errors = []
-    exact = expected(op, gbar, A, B, amult, delta, count)
-    sizes = expected(op, gbar, A.abs(), B, amult.abs(), delta.abs(), count)
+    exact = expected(op, gbar, A, B, amult, delta, count, bmult)
+    sizes = expected(op, gbar, A.abs(), B, amult.abs(), delta.abs(), count, bmult)
     for x, y, size in zip(result, exact, sizes, strict=True):
         scale = torch.maximum(y.norm(), size.norm() / (len(A) * A.shape[1]) ** 0.5).clamp(min=1e-30)
         errors.append(float((x.double() - y).norm() / scale))
     return max(errors) if all(e == e for e in errors) else float("inf")
 
 
+def ops_of(module, gbar, A, *_) -> list[str]:
+    """What a module covers; the Jacobian is for few outputs, and its fused kernel for GPUs."""
+    supports = getattr(module, "supports", lambda op, gbar, A: op != OPS[2] or A.shape[1] <= 16)
+    return [op for op in OPS if supports(op, gbar, A)]
+
+
 def errors_of(module, case: Case) -> dict[str, float]:
     inputs = rows(case)
-    names = OPS if case.r_out <= 16 else OPS[:2]
-    return {op: error(call(module, op, *inputs), op, *inputs) for op in names}
+    return {op: error(call(module, op, *inputs), op, *inputs) for op in ops_of(module, *inputs)}
 
 
 def fused_errors(case: Case) -> dict[str, float]:
@@ -104,8 +124,12 @@ def fused_met_again(r: int, r_out: int) -> float:
     eye = torch.eye(r, device=DEVICE)
     torch.manual_seed(0)
     A, amult, delta = (torch.randn(*shape, device=DEVICE) for shape in ((2 * r, r_out), (2 * r,), (r, r_out)))
-    inputs = (eye, A.half(), torch.cat([eye, -eye]).half(), amult, delta, None)
-    return max(error(call(triton, op, *inputs), op, *inputs) for op in OPS)
+    errors = []
+    for dtype in (torch.float16, torch.int8):
+        A_met, B, multipliers, *bmult = converted(A, torch.cat([eye, -eye]), amult, dtype)
+        inputs = (eye, A_met, B, multipliers, delta, None, bmult[0] if bmult else None)
+        errors += [error(call(triton, op, *inputs), op, *inputs) for op in ops_of(triton, *inputs)]
+    return max(errors)
 
 
 def fused_is_deterministic(case: Case) -> bool:
@@ -114,7 +138,7 @@ def fused_is_deterministic(case: Case) -> bool:
     inputs = rows(case)
     return all(
         torch.equal(x, y)
-        for op in OPS
+        for op in ops_of(triton, *inputs)
         for x, y in zip(call(triton, op, *inputs), call(triton, op, *inputs), strict=True)
     )
 
@@ -136,7 +160,7 @@ def fused():
         yield lambda function, *args: pool.submit(function, *args).result()
 
 
-half, single, brain = torch.float16, torch.float32, torch.bfloat16
+half, single, brain, byte = torch.float16, torch.float32, torch.bfloat16, torch.int8
 # Pairwise over r, r_out, batch, M and dtype; scales, unused capacity and padding spread over them.
 CASES = [
     Case(1, 400, 400, 8, half),
@@ -159,6 +183,12 @@ CASES = [
     Case(4097, 1, 250, 1, single),
     Case(64, 200, 250, 8, single, unused=66),
     Case(65, 100, 1, 8, single, amult=4.0),
+    Case(1, 400, 400, 8, byte),
+    Case(63, 401, 10, 1, byte, A=1e-6, stride=16),
+    Case(64, 7, 250, 33, byte, amult=1e-6, A=1e-6),
+    Case(65, 100, 250, 80, byte, amult=4.0, unused=1),
+    Case(513, 100, 10, 16, byte, unused=66),
+    Case(63, 1, 1, 8, byte, amult=1e-6, unused=3),
 ]
 GRID = [
     Case(M, r, r_out, b, dtype, unused=M % 3)
@@ -166,7 +196,7 @@ GRID = [
     for j, r in enumerate((1, 7, 100, 200, 400, 401))
     for k, r_out in enumerate((1, 10, 250, 400))
     for l, b in enumerate((1, 8, 16, 33, 80))
-    for n, dtype in enumerate((half, brain, single))
+    for n, dtype in enumerate((half, brain, single, byte))
     if (i + 2 * j + 4 * k + 5 * l + 7 * n) % 9 == 0
 ]
 
@@ -187,17 +217,48 @@ def test_fused_ops_match_the_definition_on_the_grid(r):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not CUDA, reason="needs a CUDA device")
+@pytest.mark.parametrize("r", [8, 64, 200, 400, 408])
+def test_fused_jacobian_matches_the_definition_on_the_grid(r):
+    from pizoo.ops import triton
+
+    checked = 0
+    for r_out, b, M, dtype in itertools.product((1, 2, 7, 10), (1, 8, 9, 16), (1, 64, 65, 30_000), (half, brain)):
+        inputs = rows(Case(M, r, r_out, b, dtype, amult=4.0, unused=M % 3))
+        if triton.supports(OPS[2], *inputs[:2]):
+            worst = error(call(triton, OPS[2], *inputs), OPS[2], *inputs)
+            assert worst <= TOLERANCE[dtype], (r_out, b, M, dtype)
+            checked += 1
+    assert checked or torch.cuda.get_device_capability() < (9, 0)
+
+
+@pytest.mark.parametrize("shape", [(400, 10), (408, 10), (64, 10), (8, 1), (512, 8)], ids=str)
+def test_the_jacobian_kernel_compiles_and_keeps_its_sums_in_registers(shape):
+    pytest.importorskip("cuda.bindings.nvrtc", reason="comes with PyTorch for CUDA")
+    r, r_out = shape
+    shared = 232_448  # what a program gets on an H100 or H200
+    for brain_float in (0, 1):
+        constants = {"R": r, "OUTPUTS": r_out, "STRIDE_A": 16, "STRIDE_B": -(-r // 8) * 8}
+        constants |= {"STAGES": jacobian._stages(r, r_out, shared), "SHARED": shared, "BFLOAT16": brain_float}
+        code, log = jacobian.compile_kernel(tuple(constants.items()), (9, 0))
+        assert code.startswith(b"\x7fELF")
+        assert "0 bytes spill stores, 0 bytes spill loads" in log, log
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not CUDA, reason="needs a CUDA device")
 @pytest.mark.parametrize("scales", [(1.0, 1.0), (1e-6, 1.0), (4.0, 1.0), (1.0, 1e-6), (1e-6, 1e-6)])
 @pytest.mark.parametrize("r_out", [10, 400])
-def test_a_million_half_precision_rows(r_out, scales):
+@pytest.mark.parametrize("dtype", [half, byte], ids=str)
+def test_a_million_short_rows(dtype, r_out, scales):
     from pizoo.ops import triton
 
     amult, A = scales
-    inputs = rows(Case(1_000_000, 400, r_out, 8, half, amult=amult, A=A, unused=100, stride=-(-r_out // 16) * 16))
-    gbar, A, B, amult, delta, _ = inputs
-    for op in OPS[: 3 if r_out == 10 else 2]:
-        blocks = zip(*(part[:1_000_000].split(100_000) for part in (A, B, amult)), strict=True)
-        sums = [expected(op, gbar, *block, delta, None) for block in blocks]
+    inputs = rows(Case(1_000_000, 400, r_out, 8, dtype, amult=amult, A=A, unused=100, stride=-(-r_out // 16) * 16))
+    gbar, *stored, delta, _, bmult = inputs
+    for op in ops_of(triton, *inputs):
+        blocks = zip(*(part[:1_000_000].split(100_000) for part in stored), strict=True)
+        bmults = [None] * 10 if bmult is None else bmult[:1_000_000].split(100_000)
+        sums = [expected(op, gbar, *block, delta, None, b) for block, b in zip(blocks, bmults, strict=True)]
         for x, parts in zip(call(triton, op, *inputs), zip(*sums, strict=True), strict=True):
             exact = torch.stack(parts).sum(0)
             assert (x - exact).norm() <= 1e-3 * exact.norm()
@@ -211,29 +272,44 @@ def test_fused_ops_are_deterministic(fused):
     assert fused(fused_is_deterministic, Case(300, 40, 10, 8))
 
 
-@pytest.mark.parametrize("dtype", [half, brain, single, torch.float64], ids=str)
-@pytest.mark.parametrize("shape", [(1, 1, 1, 1), (33000, 20, 10, 8), (8192, 7, 3, 33)], ids=str)
+@pytest.mark.parametrize("dtype", [byte, half, brain, single, torch.float64], ids=str)
+@pytest.mark.parametrize("shape", [(1, 2, 1, 1), (33000, 20, 10, 8), (8192, 7, 3, 33)], ids=str)
 def test_blocked_ops_match_the_definition(shape, dtype):
     errors = errors_of(blocked, Case(*shape, dtype, unused=5, stride=16))
     assert max(errors.values()) <= TOLERANCE[torch.float64 if dtype == torch.float64 else torch.float32]
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="reads a process's memory from /proc")
+def test_on_a_cpu_the_default_op_takes_no_longer_than_the_reference_and_a_block_of_memory():
+    cpu = runpy.run_path(str(Path(__file__).parents[1] / "benchmarks" / "cpu.py"))
+    M, columns, b = 50_000, 400, 8
+    inputs = cpu["layer"](M, columns, b, half)
+    for op in ("forward", "backward"):
+        times = cpu["seconds"](op, inputs)
+        assert times["default"] <= 1.1 * times["reference"], (op, times)  # a third to a half, on an idle machine
+    block = blocked.CPU_BLOCK * (columns + cpu["RANK"]) * 4
+    assert cpu["grown_bytes"]("forward", "default", M, columns, b, half) <= 4 * block < M * (columns + cpu["RANK"]) * 4
+
+
 @pytest.mark.parametrize("module", [reference, blocked])
 def test_backward_is_the_gradient_of_forward(module):
-    _, A, B, amult, delta, _ = rows(Case(50, 5, 3, 4, torch.float64), torch.device("cpu"))
+    _, A, B, amult, delta, *_ = rows(Case(50, 5, 3, 4, torch.float64), torch.device("cpu"))
     g = torch.randn(4, 5, dtype=torch.float64, requires_grad=True)
     gbar, norm = unit(g)
-    (norm * reference.growing_forward(gbar, A, B, amult)).backward(delta)
-    torch.testing.assert_close(module.growing_backward(gbar.detach(), A, B, amult, delta), g.grad)
+    for bmult in (None, torch.rand(50, dtype=torch.float64)):
+        g.grad = None
+        (norm * reference.growing_forward(gbar, A, B, amult, bmult=bmult)).backward(delta, retain_graph=True)
+        torch.testing.assert_close(module.growing_backward(gbar.detach(), A, B, amult, delta, bmult=bmult), g.grad)
 
 
 @pytest.mark.parametrize("module", [reference, blocked])
 def test_jacobian_contracted_with_delta_is_backward(module):
-    gbar, A, B, amult, delta, _ = rows(Case(50, 5, 3, 4, torch.float64), torch.device("cpu"))
-    out, jacobian = module.growing_forward_jacobian(gbar, A, B, amult)
-    torch.testing.assert_close(out, reference.growing_forward(gbar, A, B, amult))
-    expected = reference.growing_backward(gbar, A, B, amult, delta)
-    torch.testing.assert_close(torch.einsum("bo,bor->br", delta, jacobian), expected)
+    gbar, A, B, amult, delta, *_ = rows(Case(50, 5, 3, 4, torch.float64), torch.device("cpu"))
+    for bmult in (None, torch.rand(50, dtype=torch.float64)):
+        out, jacobian = module.growing_forward_jacobian(gbar, A, B, amult, bmult=bmult)
+        torch.testing.assert_close(out, reference.growing_forward(gbar, A, B, amult, bmult=bmult))
+        expected = reference.growing_backward(gbar, A, B, amult, delta, bmult=bmult)
+        torch.testing.assert_close(torch.einsum("bo,bor->br", delta, jacobian), expected)
 
 
 def test_use_forces_an_implementation(monkeypatch):
@@ -259,6 +335,60 @@ def test_without_kernels_plain_torch_runs_after_one_warning(monkeypatch):
     ops._fused.cache_clear()
 
 
+class LikeOnAGpu(torch.Tensor):
+    """A CPU tensor that is taken for one on a GPU when an implementation is chosen."""
+
+    is_cuda = property(lambda self: True)
+
+
+def old_gpu(monkeypatch):
+    from pizoo.ops import triton
+
+    unavailable = triton.unavailable
+    monkeypatch.setattr(triton, "unavailable", lambda device: unavailable(torch.device("cuda")))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
+
+
+def no_triton(monkeypatch):
+    monkeypatch.delitem(sys.modules, "pizoo.ops.triton", raising=False)
+    monkeypatch.setitem(sys.modules, "triton", None)  # what an import of a missing module finds
+
+
+def no_compiler(monkeypatch):
+    from pizoo.ops import triton
+
+    monkeypatch.setattr(triton, "unavailable", lambda device: None)  # and then the launch fails: there is no driver
+
+
+@pytest.mark.parametrize(
+    ("hinder", "reason"),
+    [
+        (lambda monkeypatch: None, "is not an NVIDIA GPU in reach"),
+        (old_gpu, "Tesla T4 is older than compute capability 8.0"),
+        (no_triton, "triton"),
+        (no_compiler, "Error: "),
+    ],
+    ids=["no GPU", "old GPU", "no Triton", "Triton fails to compile"],
+)
+def test_whatever_keeps_kernels_from_running_is_one_warning_and_the_same_results(monkeypatch, hinder, reason):
+    pytest.importorskip("triton")
+    monkeypatch.setattr(ops, "_failed", False)
+    inputs = rows(Case(200, 5, 3, 4, half, unused=7), torch.device("cpu"))
+    like_on_a_gpu = [part if part is None else part.as_subclass(LikeOnAGpu) for part in inputs]
+    with monkeypatch.context() as patch, pytest.warns(RuntimeWarning) as warned:
+        ops._module.cache_clear(), ops._fused.cache_clear()
+        hinder(patch)
+        results = {op: call(ops, op, *like_on_a_gpu) for _ in range(2) for op in OPS}
+    ops._module.cache_clear(), ops._fused.cache_clear()
+    (warning,) = warned
+    assert re.search(f"no fused kernels, plain torch runs instead: .*{reason}", str(warning.message))
+    for op, result in results.items():
+        assert error(result, op, *inputs) <= TOLERANCE[single]
+        assert all(torch.equal(x, y) for x, y in zip(result, call(blocked, op, *inputs), strict=True))
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not CUDA, reason="needs a CUDA device")
 def test_a_kernel_that_does_not_compile_is_replaced(monkeypatch):
@@ -278,7 +408,7 @@ def test_a_kernel_that_does_not_compile_is_replaced(monkeypatch):
 @pytest.mark.gpu
 @pytest.mark.skipif(not CUDA, reason="needs a CUDA device")
 def test_a_captured_launch_serves_a_growing_layer():
-    gbar, A, B, amult, delta, _ = rows(Case(5000, 100, 50, 8))
+    gbar, A, B, amult, delta, *_ = rows(Case(5000, 100, 50, 8))
     count = torch.tensor([700], device=DEVICE)
     ops.growing_backward(gbar, A, B, amult, delta, count)
     graph = torch.cuda.CUDAGraph()
@@ -287,15 +417,27 @@ def test_a_captured_launch_serves_a_growing_layer():
     for rows_in_use in (700, 5000, 1):
         count.fill_(rows_in_use)
         graph.replay()
-        assert error((result,), "growing_backward", gbar, A, B, amult, delta, count) <= TOLERANCE[half]
+        assert error((result,), "growing_backward", gbar, A, B, amult, delta, count, None) <= TOLERANCE[half]
 
 
 @pytest.mark.parametrize("wrong", ["B", "delta"])
 def test_wrong_shapes_are_named(wrong):
-    gbar, A, B, amult, delta, _ = rows(Case(20, 5, 3, 4, single), torch.device("cpu"))
+    gbar, A, B, amult, delta, *_ = rows(Case(20, 5, 3, 4, single), torch.device("cpu"))
     if wrong == "B":
         B = B[:, 1:]
     else:
         delta = delta[:, 1:]
     with pytest.raises(ValueError, match=wrong):
         ops.growing_backward(gbar, A, B, amult, delta)
+
+
+def test_int8_rows_come_with_the_multipliers_of_their_norms_and_no_others_do():
+    for dtype, wanted in ((byte, r"must be \(20,\)"), (single, "must be None")):
+        gbar, A, B, amult, *_ = rows(Case(20, 5, 3, 4, dtype), torch.device("cpu"))
+        for bmult in {byte: (None, amult[1:]), single: (amult,)}[dtype]:
+            with pytest.raises(ValueError, match=f"bmult is .*{wanted}"):
+                ops.growing_forward(gbar, A, B, amult, bmult=bmult)
+
+
+def test_the_jacobian_kernel_leaves_int8_rows_to_two_passes():
+    assert not jacobian.supports(400, 10, byte, torch.device("cuda", 0))

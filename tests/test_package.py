@@ -46,7 +46,7 @@ def test_the_wheel_holds_all_of_the_zoo_and_nothing_of_the_clone(wheel):
     }
     for kind in ("finpi", "infpi", "mu", "nngp", "ntk"):
         assert f"pizoo/_model_cards/digits_{kind}/model.safetensors" in names
-    assert "pizoo/assets/digits.npz" in names
+    assert {"pizoo/assets/digits.npz", "pizoo/assets/omniglot_split.json"} <= names
     assert {name.partition("/")[0] for name in names if ".dist-info/" not in name} == {"pizoo"}
 
 

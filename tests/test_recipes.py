@@ -8,12 +8,14 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 from pizoo import models, recipes
 from pizoo.optim import PiSGD, param_groups
-from pizoo.recipes import Recipe, RecipeError, list_recipes, load_recipe
+from pizoo.recipes import Recipe, RecipeError, decisive, list_recipes, load_recipe
 
 KINDS = ("finpi", "infpi", "mu", "nngp", "ntk")
+DATA = ("cifar10", "digits", "omniglot")
 
 MINIMAL = """
 entry: mine
@@ -37,7 +39,7 @@ def write(tmp_path):
 
 
 def test_every_entry_has_a_recipe_that_names_itself():
-    assert list_recipes() == [f"{data}_{kind}" for data in ("cifar10", "digits") for kind in KINDS]
+    assert list_recipes() == [f"{data}_{kind}" for data in DATA for kind in KINDS]
     for entry in list_recipes():
         recipe = load_recipe(entry)
         assert recipe.entry == entry
@@ -89,6 +91,85 @@ def test_the_published_kernels_have_the_printed_settings(entry, accuracy):
         assert model.first_layer_lr_mult == model.last_layer_lr_mult == model.bias_lr_mult == 1
 
 
+# Entry: published accuracy; width, r; meta learning rate, inner step size, clip; alphas bias and first; initial scales.
+PUBLISHED_LEARNERS = {
+    "omniglot_mu": (91.22, 2048, None, 4.0, 0.594604, 0.15, 0.5, 0.594604, (0.840896, 0.594604)),
+    "omniglot_finpi": (92.21, 2048, 400, 5.656854, 0.25, 0.282843, 2.828427, 1, None),
+    "omniglot_infpi": (91.46, None, 400, 32.0, 0.353553, 0.1, 1.414214, 1, None),
+}
+
+
+@pytest.mark.parametrize("entry", PUBLISHED_LEARNERS)
+def test_the_published_learners_are_trained_with_the_published_settings(entry):
+    recipe = load_recipe(entry)
+    model, train, tasks = recipe.model, recipe.train, recipe.tasks
+    assert (
+        recipe.published.accuracy,
+        getattr(model, "width", None),
+        getattr(model, "r", None),
+        train.lr,
+        tasks.step_size,
+        train.clip.max_norm,
+        model.bias_alpha,
+        model.first_layer_alpha,
+        getattr(model, "initial_scales", None),
+    ) == PUBLISHED_LEARNERS[entry]
+    assert (model.hidden_layers, model.last_bias_alpha, model.last_layer_alpha) == (2, 0, 1) and model.readout_zero_init
+    assert (train.epochs, train.steps_per_epoch, train.batch_size, train.dtype) == (50, 1000, 8, "float16")
+    assert (train.first_layer_lr_mult, train.last_layer_lr_mult, train.bias_lr_mult) == (0.4, 0, 1)
+    assert train.schedule.name == "cosine" and not train.clip.per_param and not train.clip.follows_schedule
+    assert train.weight_decay == train.momentum == 0
+    assert (tasks.shots, tasks.queries, tasks.steps, tasks.layers, tasks.first_order) == (1, 1, 1, "readout", False)
+    assert (tasks.headline, tasks.test_tasks, recipe.data.classes, recipe.data.d) == ("test", 8000, 5, 784)
+
+
+@pytest.mark.parametrize(("entry", "accuracy"), [("omniglot_nngp", 43.80), ("omniglot_ntk", 51.72)])
+def test_the_published_kernel_learners_have_the_printed_settings(entry, accuracy):
+    recipe = load_recipe(entry)
+    model, tasks = recipe.model, recipe.tasks
+    assert (recipe.published.accuracy, recipe.train, model.ridge) == (accuracy, None, None)
+    assert (model.depth, model.var_w, model.var_b, tasks.step_size) == (2, 1, 1, 0.5)
+    assert tasks.headline == "validation_rotated" and "rotations" in recipe.published.protocol
+
+
+BAD_TASKS = {
+    ("omniglot_nngp", "model.ridge=0.1"): "model.ridge: found 0.1; must be left out with tasks",
+    ("digits_nngp", "model.ridge=null"): "model.ridge: missing; must be given without tasks",
+    ("omniglot_mu", "train.steps_per_epoch=null"): "train.steps_per_epoch: missing; must be given with tasks",
+    ("digits_mu", "train.steps_per_epoch=5"): "train.steps_per_epoch: found 5; must be left out without tasks",
+    ("omniglot_mu", "tasks=null"): "train.steps_per_epoch: found 1000; must be left out without tasks",
+    ("digits_nngp", "tasks={step_size: 1.0}"): "model.ridge: found 0.0001; must be left out with tasks",
+    ("omniglot_mu", "data.path=mine.npz"): "data.name: found 'omniglot' with a path; must be 'omniglot' without",
+    ("digits_mu", "data.name=omniglot"): "tasks: missing; must be given for omniglot",
+    ("omniglot_mu", "train.loss=mse"): "train.loss: found 'mse'; must be 'cross_entropy' with tasks",
+    ("omniglot_mu", "data.scale=1.0"): "data.scale: found 1.0; must be left out with tasks",
+    ("omniglot_mu", "data={mean: [0.5], std: [1.0]}"): "data.mean: found (0.5,); must be left out with tasks",
+    ("omniglot_mu", "data.subset=5"): "data.subset: found 5; must be left out with tasks",
+    ("omniglot_ntk", "tune={validation: 0.2, grid: {depth: [2, 3]}}"): "tune: must be left out with tasks",
+    ("omniglot_mu", "tasks.layers=all"): "tasks.first_order: found false; must be true with layers all",
+    ("omniglot_mu", "tasks.step_size=0"): "tasks.step_size: found 0; must be greater than 0",
+    ("omniglot_mu", "tasks.headline=train"): "tasks.headline: found 'train'; ",
+    ("omniglot_mu", "model.initial_scales=[1, 1, 1, 1]"): "must be at most one for each of 3 layers",
+}
+
+
+@pytest.mark.parametrize(("entry", "override"), BAD_TASKS)
+def test_what_does_not_go_with_tasks_or_without_is_refused(entry, override):
+    with pytest.raises(RecipeError) as error:
+        load_recipe(entry, [override])
+    assert BAD_TASKS[entry, override] in str(error.value)
+
+
+def test_initial_scales_multiply_the_initial_weights():
+    plain, scaled = (
+        load_recipe("omniglot_mu", ["model.width=8", f"model.initial_scales={scales}"]).build_model()
+        for scales in ("null", "[2.0, 0.5]")
+    )
+    for layer, other, factor in zip(plain.layers, scaled.layers, (2.0, 0.5, 1.0), strict=True):
+        assert (factor * layer.weight == other.weight).all()
+    assert "initial_scales" not in plain.hparams and scaled.hparams["initial_scales"] == [2.0, 0.5]
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_entries_on_one_data_set_see_the_same_pixels(kind):
     cifar10, digits = load_recipe(f"cifar10_{kind}"), load_recipe(f"digits_{kind}")
@@ -121,7 +202,7 @@ def test_architectures_have_timms_names():
     assert load_recipe("cifar10_infpi", ["model.r=50", "model.hidden_layers=3"]).architecture == "infpi_mlp_r50_l3"
 
 
-@pytest.mark.parametrize("entry", [f"{data}_{kind}" for data in ("cifar10", "digits") for kind in KINDS])
+@pytest.mark.parametrize("entry", [f"{data}_{kind}" for data in DATA for kind in KINDS])
 def test_a_recipe_survives_json(entry):
     recipe = load_recipe(entry)
     assert Recipe.from_dict(json.loads(json.dumps(recipe.to_dict()))) == recipe
@@ -139,7 +220,7 @@ def test_importing_pizoo_does_not_read_recipes():
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-@pytest.mark.parametrize("entry", [f"{data}_{kind}" for data in ("cifar10", "digits") for kind in KINDS])
+@pytest.mark.parametrize("entry", [f"{data}_{kind}" for data in DATA for kind in KINDS])
 def test_the_model_part_has_the_names_of_the_constructors_arguments(entry):
     recipe = load_recipe(entry)
     arguments = recipe.model.model_dump(exclude={"kind"})
@@ -149,7 +230,10 @@ def test_the_model_part_has_the_names_of_the_constructors_arguments(entry):
         "mu": models.MuMLP,
         "nngp": models.NNGPRegressor,
         "ntk": models.NTKRegressor,
-    }[recipe.model.kind]
+    }
+    if recipe.tasks is not None:
+        make |= {"nngp": models.NNGPLearner, "ntk": models.NTKLearner}
+    make = make[recipe.model.kind]
     inspect.signature(make).bind(recipe.data.d, recipe.data.classes, **arguments)
 
 
@@ -218,7 +302,7 @@ REFUSED = {
     "model.last_layer_alfa=3": "model.last_layer_alfa: unknown key; did you mean 'last_layer_alpha'?",
     "train.schedule.milestone=[3]": "train.schedule.milestone: unknown key; did you mean 'milestones'?",
     "train.clip.norm=1": "train.clip.norm: unknown key; did you mean 'max_norm'?",
-    "optimizer=adam": "optimizer: unknown key; allowed: data, description, entry",
+    "optimizer=adam": "optimizer: unknown key; allowed: data, description, differs, entry",
     "extends=digits": "extends: unknown key",
     "train.lr='0.1'": "train.lr: found '0.1'; must be a valid number",
     "train.lr=true": "train.lr: found true; must be a valid number",
@@ -234,7 +318,7 @@ REFUSED = {
     "train.momentum=1": "train.momentum: found 1; must be less than 1",
     "train.seed=-1": "train.seed: found -1; must be greater than",
     "train.seed=4294967296": "train.seed: found 4294967296; must be less than 4294967296",
-    "train.dtype=int8": "train.dtype: found 'int8'; must be 'float16', 'bfloat16', 'float32' or 'float64'",
+    "train.dtype=int16": "train.dtype: found 'int16'; must be 'int8', 'float16', 'bfloat16', 'float32' or 'float64'",
     "train.loss=hinge": "train.loss: found 'hinge'; must be 'cross_entropy' or 'mse'",
     "train.clip=0.4": "train.clip: found 0.4; must be a mapping",
     "train.clip.max_norm=0": "train.clip.max_norm: found 0; must be greater than 0",
@@ -267,6 +351,10 @@ REFUSED = {
     "published.accuracy=101": "published.accuracy: found 101; must be less than or equal to 100",
     "tolerance={verify: 1, reason: null}": "tolerance.reason: missing",
     "entry=a b": "entry: found 'a b'; must match",
+    "differs=''": "differs: found ''; must have at least 1 character",
+    "published.rerun=101": "published.rerun: found 101; must be less than or equal to 100",
+    "tune={validation: 0.1, grid: {r: [1]}}": "tune: must be left out, a net (model.kind infpi) is trained, not solved",
+    "tune={validation: 1, grid: {r: [1]}}": "tune.validation: found 1; must be less than 1",
     "train.lr": "override 'train.lr': must be KEY=VALUE",
     "=3": "override '=3': must be KEY=VALUE",
     "train..lr=3": "override 'train..lr=3': must be KEY=VALUE",
@@ -305,6 +393,14 @@ def test_the_multiplier_counts_where_it_applies_to_weight_decay(write):
     assert load_recipe(write(MINIMAL), [*decay, "train.apply_lr_mult_to_wd=false"]).train.weight_decay == 0.5
 
 
+def test_int8_is_for_the_rows_of_growing_layers():
+    assert load_recipe("cifar10_infpi", ["train.dtype=int8"]).build_model().output.A.dtype == torch.int8
+    with pytest.raises(
+        RecipeError, match=r"train\.dtype: found 'int8', which is for rows of growing layers; a mu has none"
+    ):
+        load_recipe("cifar10_mu", ["train.dtype=int8"])
+
+
 def test_a_finite_net_has_a_width_of_at_least_its_rank():
     with pytest.raises(RecipeError, match=r"model\.width: found 2048; must be at least r, 4000"):
         load_recipe("cifar10_finpi", ["model.r=4000"])
@@ -315,6 +411,37 @@ def test_a_kernel_has_a_ridge_and_no_training():
         load_recipe("digits_ntk", ["model.ridge=0"])
     with pytest.raises(RecipeError, match=r"train: found .*; must be left out, kernel regressors \(model\.kind ntk\)"):
         load_recipe("digits_ntk", ["train.epochs=1"])
+
+
+def test_a_grid_holds_values_that_the_model_takes():
+    for grid, message in (
+        ("{depht: [2]}", "tune.grid.depht: unknown key; did you mean 'depth'?"),
+        ("{depth: [2, 2.5]}", "tune.grid.depth: found 2.5; model.depth does not take it"),
+        ("{ridge: [0.1, 0]}", "tune.grid.ridge: found 0; model.ridge does not take it"),
+        ("{depth: 2}", "tune.grid.depth: found 2; must be a list"),
+        ("{}", "tune.grid: found {}; must have at least 1 item"),
+    ):
+        with pytest.raises(RecipeError) as error:
+            load_recipe("digits_nngp", [f"tune={{validation: 0.2, grid: {grid}}}"])
+        assert message in str(error.value)
+
+
+@pytest.mark.parametrize("entry", ["cifar10_nngp", "cifar10_ntk"])
+def test_the_printed_settings_are_among_those_a_kernel_is_tuned_over(entry):
+    """So the tuned one cannot be worse on the held-out images."""
+    recipe = load_recipe(entry)
+    printed = recipe.model.model_dump()
+    assert {key: printed[key] for key in recipe.tune.grid} in recipe.tune.settings
+    other = recipe.with_model(depth=3)
+    assert other.model == recipe.model.model_copy(update={"depth": 3}) and other.data == recipe.data
+    assert (other.tune, other.differs, other.published.rerun) == (None, None, None)
+
+
+def test_texts_and_numbers_to_compare_with_decide_no_training():
+    recipe = load_recipe("cifar10_nngp")
+    told = load_recipe("cifar10_nngp", ["description=x", "differs=x", "tune=null", "seeds=2", "published=null"])
+    other = load_recipe("cifar10_nngp", ["model.ridge=0.5"])
+    assert decisive(recipe.to_dict()) == decisive(told.to_dict()) != decisive(other.to_dict())
 
 
 def test_all_that_is_wrong_is_said_at_once(write):

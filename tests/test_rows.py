@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+import pizoo
 from pizoo.functional import relu_kernel, unit
 from pizoo.models import InfPiMLP
 from pizoo.nn import InfPiLinear
@@ -248,6 +249,143 @@ def test_conversion_casts_rows_and_keeps_multipliers_and_gradients_precise(conve
     assert rows.A.rows is rows and rows.count == 9
 
 
+# ------------------------------------------------------------------ rows in int8
+
+BYTE = torch.int8
+
+
+def layers_in(*dtypes: torch.dtype, r: int = 100, r_out: int = 50, count: int = 500) -> list[InfPiLinear]:
+    """One random layer without bias in several dtypes of its rows."""
+    torch.manual_seed(0)
+    layer = InfPiLinear(r, r_out, role="readout", bias_alpha=0, dtype=torch.float64)
+    layer.set_rows(torch.randn(count, r_out), unit(torch.randn(count, r, dtype=torch.float64))[0], torch.randn(count))
+    layers = [copy.deepcopy(layer) for _ in dtypes]
+    for other, dtype in zip(layers, dtypes, strict=True):
+        other.to_rows_dtype(dtype)
+    return layers
+
+
+def relative(found: Tensor, wanted: Tensor) -> float:
+    return ((found - wanted).norm() / wanted.norm()).item()
+
+
+def test_int8_rows_of_B_stand_for_unit_vectors() -> None:
+    (layer,) = layers_in(BYTE)
+    layer.append(torch.randn(3, 50), unit(torch.randn(3, 100))[0], -1.0)
+    assert layer.B.dtype == BYTE and layer.bmult.dtype == torch.float32 and len(layer.bmult) == 503
+    norms = (layer.bmult[:, None].double() * layer.B).norm(dim=1)
+    torch.testing.assert_close(norms, torch.ones_like(norms), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("r_out", [10, 400])
+def test_an_int8_layer_is_within_a_hundredth_of_its_float64_rows(r_out: int) -> None:
+    """Rounding to 1/127 of the largest of 400 normal numbers costs 3.1 / 127 / sqrt(12) of each; the gradient has it twice."""
+    short, exact = layers_in(BYTE, torch.float64, r=400, r_out=r_out, count=1000)
+    g = torch.randn(8, 400, dtype=torch.float64, requires_grad=True)
+    delta = torch.randn(8, r_out, dtype=torch.float64)
+    (out, grad), (wanted, wanted_grad) = (
+        (layer(g).detach(), *torch.autograd.grad((layer(g) * delta).sum(), g)) for layer in (short, exact)
+    )
+    assert 1e-3 < relative(out, wanted) < 0.01 and 1e-3 < relative(grad, wanted_grad) < 0.0125
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64], ids=str)
+def test_int8_rows_are_the_same_integers_after_a_round_trip_through_floats(dtype: torch.dtype) -> None:
+    (layer,) = layers_in(BYTE)
+    before, stored = layer.state_dict(), copy.deepcopy(layer)
+    layer.to_rows_dtype(dtype)
+    assert layer.bmult is None and layer.A.dtype == layer.B.dtype == dtype and layer.A.requires_grad
+    g = torch.randn(4, 100, dtype=torch.float64)
+    assert relative(layer(g), stored(g)) < (1e-6 if dtype.itemsize >= 4 else 5e-3)
+    layer.to_rows_dtype(BYTE)
+    for name, part in layer.state_dict().items():
+        assert torch.equal(part, before[name]), name
+    assert torch.equal(layer.bmult, stored.bmult)
+
+
+def test_conversions_go_block_by_block_to_the_same_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = [layer.state_dict() for layer in layers_in(BYTE, torch.float16)]
+    monkeypatch.setattr(pizoo.rows, "CONVERTED_AT_ONCE", 7)
+    for layer, wanted in zip(layers_in(BYTE, torch.float16), whole, strict=True):
+        torch.testing.assert_close(layer.state_dict(), wanted, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e-7, 1.0, 1e5, 1e30])
+def test_int8_rows_of_any_size_lose_nothing_but_their_rounding(scale: float) -> None:
+    (layer,) = layers_in(BYTE)
+    A, B = scale * torch.randn(3, 50), unit(torch.randn(3, 100))[0]
+    layer.append(A, B, -1.0)
+    stored = layer.amult[-3:, None] * layer.A[-3:]
+    step = A.abs().amax(1, keepdim=True) / 127
+    assert ((stored + A).abs() <= 0.5001 * step).all()
+    assert (layer.A[-3:].abs().amax(1) == 127).all()
+
+
+def test_int8_rows_of_zeros_stay_zeros_and_what_is_not_finite_stays_visible() -> None:
+    (layer,) = layers_in(BYTE)
+    layer.append(torch.zeros(1, 50), torch.zeros(1, 100), -1.0)  # a zero input has the direction zero
+    layer.append(torch.full((1, 50), 1e-40), unit(torch.randn(1, 100))[0], -1.0)
+    g = torch.randn(4, 100, dtype=torch.float64)
+    assert layer(g).isfinite().all() and not layer.A[-2:].any() and (layer.amult[-2:] == -1).all()
+    for bad in (torch.nan, torch.inf):
+        broken = copy.deepcopy(layer)
+        broken.append(torch.full((1, 50), bad), unit(torch.randn(1, 100))[0], -1.0)
+        assert not broken(g).isfinite().any()
+
+
+def test_int8_rows_take_half_the_memory_of_float16() -> None:
+    short, half = (sum(part.nbytes for part in layer.storages) for layer in layers_in(BYTE, torch.float16, r=400))
+    assert short <= 0.51 * half
+
+
+def test_int8_rows_keep_the_contract_of_a_parameter() -> None:
+    (layer,) = layers_in(BYTE)
+    weight, g = layer.A, torch.randn(4, 100, dtype=torch.float64)
+    out = layer(g).detach()
+    assert list(layer.state_dict()) == ["A", "B", "amult"]
+    for trained in (False, True):
+        layer.requires_grad_(trained)
+        assert layer.A.requires_grad == copy.deepcopy(layer).A.requires_grad == trained
+        layer(g.clone().requires_grad_()).sum().backward()
+        assert (layer.A.grad is not None) == trained
+    for convert in (layer.half, layer.double, layer.float):
+        assert convert() is layer and layer.A is weight and layer.A.dtype == layer.B.dtype == BYTE
+        assert (
+            layer.amult.dtype == layer.bmult.dtype == torch.float32 and layer.A.requires_grad and len(weight.grad) == 4
+        )
+    for other in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        assert_same_rows(other, layer)
+        assert torch.equal(other(g), out) and other.A.rows is other
+    assert layer.to("meta").A.dtype == BYTE and layer.A.requires_grad and layer.bmult.device.type == "meta"
+
+
+@pytest.mark.parametrize("into", [BYTE, torch.float32], ids=str)
+@pytest.mark.parametrize("source", [BYTE, torch.float32], ids=str)
+def test_a_state_loads_into_rows_of_either_kind(source: torch.dtype, into: torch.dtype) -> None:
+    (saved,) = layers_in(source, count=30)
+    (target,) = layers_in(into, count=12)
+    target.load_state_dict(saved.state_dict())
+    assert target.count == 30 and target.A.dtype == into
+    saved.to_rows_dtype(into)
+    assert_same_rows(target, saved)
+    with torch.device("meta"):
+        assigned = InfPiLinear(100, 50, role="readout", bias_alpha=0)
+    assigned.load_state_dict(saved.state_dict(), assign=True)
+    assert assigned.A.dtype == into and assigned.A.data_ptr() == saved.A.data_ptr()
+    g = torch.randn(4, 100, dtype=torch.float64)
+    assert torch.equal(assigned(g), saved(g)) and torch.equal(target(g), saved(g))
+
+
+def test_a_net_sampled_from_int8_rows_is_the_one_sampled_from_what_they_stand_for() -> None:
+    torch.manual_seed(0)
+    net = InfPiMLP(d_in=6, d_out=3, r=4, rows_dtype=BYTE)
+    omegas = [torch.randn(9, 4) for _ in range(2)]
+    found = net.sample(9, omegas).state_dict()
+    for layer in net.growing_layers.values():
+        layer.to_rows_dtype(torch.float32)
+    torch.testing.assert_close(found, net.sample(9, omegas).state_dict(), rtol=1e-5, atol=1e-6)
+
+
 # ------------------------------------------------------------------ the pending rows as a gradient
 
 
@@ -294,6 +432,7 @@ REFUSED = {
     "loaded rows differ": (
         lambda rows: rows.load_state_dict({"A": A3, "B": B3[:2], "amult": M3}), RuntimeError, ["B [2, 4]", WANTED]
     ),
+    "a dtype of rows": (lambda rows: rows.to_rows_dtype(torch.int16), TypeError, ["torch.int16", "one of torch.int8"]),
     "a tensor as gradient": (lambda rows: setattr(rows.A, "grad", A3), TypeError, ["PendingRows or None", "Tensor"]),
 }  # fmt: skip
 

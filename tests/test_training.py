@@ -101,14 +101,14 @@ def test_training_draws_nothing_from_the_callers_random_numbers():
 
 
 def test_a_resumed_training_is_the_uninterrupted_one(whole, tmp_path, monkeypatch, caplog):
-    real = supervised._Training._save
+    real = supervised.Training._save
 
     def save_then_stop(self, epoch):
         real(self, epoch)
         if epoch == 2:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(supervised._Training, "_save", save_then_stop)
+    monkeypatch.setattr(supervised.Training, "_save", save_then_stop)
     with pytest.raises(KeyboardInterrupt):
         pizoo.train("digits_infpi", tmp_path, overrides=TINY, device="cpu")
     monkeypatch.undo()
@@ -116,13 +116,14 @@ def test_a_resumed_training_is_the_uninterrupted_one(whole, tmp_path, monkeypatc
         resumed = pizoo.train("digits_infpi", tmp_path, overrides=TINY, device="cpu")
     assert "after epoch 2" in caplog.text
     assert states_equal(resumed.model, whole.model)
-    assert [{**r, "train_seconds": 0} for r in resumed.history] == [{**r, "train_seconds": 0} for r in whole.history]
+    times = {"train_seconds": 0, "wall_seconds": 0}
+    assert [{**r, **times} for r in resumed.history] == [{**r, **times} for r in whole.history]
     assert "stopped by KeyboardInterrupt" in (tmp_path / "train.log").read_text()
 
 
 def test_a_finished_training_is_loaded_not_trained_and_its_results_stay(whole, monkeypatch):
     before = {path.name: path.read_bytes() for path in whole.folder.iterdir() if path.name != "train.log"}
-    monkeypatch.setattr(supervised._Training, "_step", lambda *args: pytest.fail("a step was taken"))
+    monkeypatch.setattr(supervised.Training, "_step", lambda *args: pytest.fail("a step was taken"))
     monkeypatch.setattr(supervised, "hardware", lambda device: "another machine")
     again = pizoo.train("digits_infpi", whole.folder, overrides=TINY, device="cpu")
     assert states_equal(again.model, whole.model) and not again.model.training
@@ -187,9 +188,9 @@ def test_a_data_set_that_does_not_fit_the_recipe_is_refused_before_anything_is_w
 
 def test_every_batch_comes_from_the_epochs_order_and_the_short_last_one_counts(monkeypatch):
     seen = []
-    step = supervised._Training._step
+    step = supervised.Training._step
     monkeypatch.setattr(
-        supervised._Training, "_step", lambda self, i, x, y: seen.append((i, x, y)) or step(self, i, x, y)
+        supervised.Training, "_step", lambda self, i, x, y: seen.append((i, x, y)) or step(self, i, x, y)
     )
     recipe = small("mu")
     pizoo.train(recipe, device="cpu")
@@ -487,7 +488,7 @@ def test_reproduce_trains_every_seed_ships_the_first_and_records_all(tmp_path, m
     assert results["accuracy"] == pizoo.evaluate(loaded)["accuracy"]
     assert results == json.loads((tmp_path / "card" / "results.json").read_text())
     assert f"{results['accuracy']:.2f}" in (tmp_path / "card" / "README.md").read_text()
-    monkeypatch.setattr(supervised._Training, "_step", lambda *args: pytest.fail("a step was taken"))
+    monkeypatch.setattr(supervised.Training, "_step", lambda *args: pytest.fail("a step was taken"))
     assert reproduce(recipe, tmp_path / "card", tmp_path / "runs", seeds=[2, 5], device="cpu") == results
 
 

@@ -51,7 +51,7 @@ def test_every_recipe_has_a_card_and_every_card_a_recipe():
 
 def test_entries_are_listed_by_glob():
     assert pizoo.list_entries("digits_*") == [f"digits_{kind}" for kind in ("finpi", "infpi", "mu", "nngp", "ntk")]
-    assert pizoo.list_entries("*_infpi") == ["cifar10_infpi", "digits_infpi"]
+    assert pizoo.list_entries("*_infpi") == ["cifar10_infpi", "digits_infpi", "omniglot_infpi"]
     assert pizoo.list_entries("digits_[im]*") == ["digits_infpi", "digits_mu"]
     assert pizoo.list_entries("resnet*") == []
 
@@ -71,6 +71,18 @@ def test_a_path_that_leads_nowhere_is_neither_an_entry_nor_a_folder(path):
     for function in (pizoo.load, pizoo.verify, pizoo.evaluate):
         with pytest.raises(zoo.UnknownEntryError, match=f"'{path}' is neither an entry nor a folder; there are"):
             function(path)
+
+
+def test_a_tuned_kernel_goes_by_its_entrys_name_and_is_no_entry_of_its_own(tmp_path, monkeypatch):
+    for name in ("digits_nngp", "digits_nngp/tuned", "digits_ntk"):
+        shutil.copytree(zoo.card(name.partition("/")[0]), tmp_path / name)
+    monkeypatch.setattr(zoo, "cards_dir", lambda: tmp_path)
+    assert pizoo.list_entries() == ["digits_nngp", "digits_ntk"]
+    assert pizoo.list_entries("*/tuned") == pizoo.list_entries("digits_n*/tuned") == ["digits_nngp/tuned"]
+    assert zoo.card("digits_nngp/tuned") == tmp_path / "digits_nngp" / "tuned"
+    assert pizoo.verify("digits_nngp/tuned", quick=True).status == "verified"
+    with pytest.raises(zoo.UnknownEntryError):
+        zoo.card("digits_ntk/tuned")
 
 
 def test_a_name_cannot_lead_out_of_the_cards_folder(tmp_path):
@@ -132,9 +144,18 @@ def test_shipped_files_are_small_and_are_the_ones_recorded(entry):
     assert digests.keys() == {"model.safetensors", "probe.safetensors"}
     for name, digest in digests.items():
         assert checkpoint.sha256(folder / name) == digest
-    assert all(path.stat().st_size <= LARGEST_FILE for path in folder.iterdir())
-    allowed = {"README.md", "config.json", "model.safetensors", "probe.safetensors", "results.json"}
-    assert {path.name for path in folder.iterdir()} == allowed
+    assert all(path.stat().st_size <= LARGEST_FILE for path in folder.rglob("*"))
+    wanted = {
+        "README.md",
+        "config.json",
+        "model.safetensors",
+        "probe.safetensors",
+        "results.json",
+        "correct.safetensors",
+    }
+    recipe = load_recipe(entry)
+    wanted |= {"curves.png"} if recipe.train else set()
+    assert {path.name for path in folder.iterdir()} == wanted | ({"tuned"} if recipe.tune else set())
 
 
 @pytest.mark.parametrize("entry", SHIPPED)

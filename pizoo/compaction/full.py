@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import chain
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from pizoo.checkpoint import RowBlock
 from pizoo.compaction.fit import KMEANS_ROUNDS, FewRows, distil, in_parts, landmarks, relative_error
 from pizoo.data import epoch_order
 from pizoo.evaluation.accuracy import accuracy
-from pizoo.functional import unit
 from pizoo.models import InfPiMLP
 from pizoo.nn import check_positive
-from pizoo.ops import growing_forward
 
 ROWS = 8000
 STEPS = 10_000
@@ -27,6 +24,7 @@ SHIFT = 0.1  # of an image's side: how far a view is moved, at most
 HELD_OUT = 0.1
 ROWS_DTYPE = torch.float16
 SAMPLES_AT_ONCE = 500
+ASKED_AT_ONCE = 4096  # of the full net: rows on the host stream to the device once for each such part
 
 T = TypeVar("T")
 
@@ -37,6 +35,7 @@ def compact(
     rows: int | Sequence[int] = ROWS,
     *,
     steps: int = STEPS,
+    dtype: torch.dtype = ROWS_DTYPE,
     views: int = VIEWS,
     seed: int = 0,
     progress: bool = False,
@@ -48,24 +47,25 @@ def compact(
     to give the full net's logits (distillation).
 
     Args:
-        model: the net; its device is where all is computed.
+        model: the net; its device is where all is computed, wherever its rows are (``rows_on``).
         x: its training inputs, as it takes them, [n, d] or images [n, C, H, W], on any device.
         rows: of each hidden layer, with a quarter as many for the read-out; or one number per growing layer.
         steps: of distillation; 0: none.
+        dtype: of the rows: float16, or int8, of which twice as many fit a file.
         views: of each image to fit to: itself, its mirror image, others also moved a little. The full net answers on
             those as on images it has not met, and it takes that many times as long to ask it. Vectors have one view.
         seed: of held-out inputs, views, landmarks and batches: one seed, machine and version of torch give one net.
         progress: show progress bars.
 
     Returns:
-        the net in eval mode, rows in float16. Its ``compacted`` says what it was made of, and how well it agrees with the
+        the net in eval mode. Its ``compacted`` says what it was made of, and how well it agrees with the
         full net on a tenth of x that nothing was fitted to.
 
     Raises:
         TypeError: ``model`` is no InfPiMLP.
         ValueError: x of another shape than the net takes; more rows than the net has, or than there are inputs.
     """
-    return Full(model, x, views=views, seed=seed, progress=progress).fit(rows, steps)
+    return Full(model, x, views=views, seed=seed, progress=progress).fit(rows, steps, dtype)
 
 
 class Full:
@@ -75,7 +75,6 @@ class Full:
         model, x, views, seed, progress: as for :func:`compact`.
         normalize: turns x into what the net takes; None: it is that already.
         test_x: inputs to measure on; nothing is fitted to them.
-        rows: of each growing layer, block by block, where ``model`` does not hold them all.
 
     Attributes:
         counts: rows of each growing layer, by name.
@@ -88,7 +87,6 @@ class Full:
         x: Tensor,
         normalize: Callable[[Tensor], Tensor] | None = None,
         test_x: Tensor | None = None,
-        rows: Mapping[str, Sequence[RowBlock]] | None = None,
         views: int = VIEWS,
         seed: int = 0,
         progress: bool = False,
@@ -97,9 +95,8 @@ class Full:
             raise TypeError(f"model is a {type(model).__name__}; only an InfPiMLP has rows to make fewer of")
         if len(x) < 2:
             raise ValueError(f"x has shape {list(x.shape)}; it must hold at least two inputs: one of them is held out")
-        rows = rows or {name: [layer.block] for name, layer in model.growing_layers.items()}
-        self.counts = {name: sum(len(A) for A, _, _ in blocks) for name, blocks in rows.items()}
-        self.seed, self.progress, self.net = seed, progress, copy_without_rows(model)
+        self.counts = {name: layer.count for name, layer in model.growing_layers.items()}
+        self.seed, self.progress, self.net = seed, progress, without_rows(model)
         check_positive(views=views)
         held_out, order = max(1, round(HELD_OUT * len(x))), epoch_order(len(x), seed, 0)
         fit_views = range(views if x.ndim == 4 else 1)
@@ -112,8 +109,8 @@ class Full:
         self.entering: dict[str, Tensor] = dict(zip(parts, entering.split(sizes), strict=True))
         self.outputs: dict[str, list[Tensor]] = {part: [] for part in parts}
         for name, layer in model.growing_layers.items():
-            summed = self._sum_over_rows(rows[name], exact, f"full net, {name}")
-            exact = layer.finish(summed if layer.layernorm else summed * unit(exact)[1])
+            batches = exact.split(ASKED_AT_ONCE)
+            exact = torch.cat([layer(g).float() for g in self._track(batches, f"full net, {name}", len(batches))])
             for part, out in zip(parts, exact.split(sizes), strict=True):
                 self.outputs[part].append(out)
 
@@ -130,29 +127,21 @@ class Full:
                     outputs.append(layer(part.to(layer.A.dtype)).float())
         return torch.cat(found[0]), torch.cat(found[1])
 
-    def _sum_over_rows(self, blocks: Sequence[RowBlock], g: Tensor, what: str) -> Tensor:
-        """``F00(ḡ Bᵀ) (amult A)`` [n, r_out]: every block is brought to the device once, for all inputs."""
-        gbar = unit(g)[0].split(SAMPLES_AT_ONCE)
-        totals = g.new_zeros(len(g), blocks[0][0].shape[1]).split(SAMPLES_AT_ONCE)
-
-        def add() -> Iterator[None]:
-            for block in blocks:
-                block = [part.to(g.device) for part in block]
-                for inputs, total in zip(gbar, totals, strict=True):
-                    total += growing_forward(inputs, *block)
-                    yield
-
-        for _ in self._track(add(), what, len(blocks) * len(gbar)):
-            pass
-        return torch.cat(totals)
-
-    def fit(self, rows: int | Sequence[int], steps: int = STEPS, kmeans_rounds: int = KMEANS_ROUNDS) -> InfPiMLP:
+    def fit(
+        self,
+        rows: int | Sequence[int],
+        steps: int = STEPS,
+        dtype: torch.dtype = ROWS_DTYPE,
+        kmeans_rounds: int = KMEANS_ROUNDS,
+    ) -> InfPiMLP:
         """The small net; see :func:`compact`. Without ``kmeans_rounds`` landmarks are random."""
         counts = row_counts(rows, self.counts)
         if steps < 0:
             raise ValueError(f"steps is {steps}; it must be at least 0")
         with torch.no_grad():
             net = copy.deepcopy(self.net)
+            for layer in net.growing_layers.values():
+                layer.to_rows_dtype(dtype)
             layers, g = [], self.entering
             names = self._track(net.growing_layers, f"{sum(counts):,} rows, ridge regression", len(counts))
             for i, (name, count) in enumerate(zip(names, counts, strict=True)):
@@ -242,11 +231,11 @@ def row_counts(rows: int | Sequence[int], full: Mapping[str, int]) -> list[int]:
 
 
 @torch.no_grad()
-def copy_without_rows(model: InfPiMLP) -> InfPiMLP:
-    """A net like ``model`` with its input layer (rounded to what is stored) and biases, and initial rows."""
+def without_rows(model: InfPiMLP) -> InfPiMLP:
+    """A net like ``model`` with its input layer (rounded to float16) and biases, and initial rows."""
     with torch.random.fork_rng(devices=[]):
-        net = InfPiMLP(**model.hparams, dtype=torch.float32, rows_dtype=ROWS_DTYPE).to(model.input.A.device)
-    net.input.A.copy_(model.input.A.to(ROWS_DTYPE))
+        net = InfPiMLP(**model.hparams, dtype=torch.float32).to(model.input.A.device)
+    net.input.A.copy_(model.input.A.half())
     for layer, full in zip(
         (net.input, *net.growing_layers.values()), (model.input, *model.growing_layers.values()), strict=True
     ):

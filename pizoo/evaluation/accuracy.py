@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -11,8 +13,16 @@ EVALUATION_BATCH = 1000
 
 
 def choose_device(device: torch.device | str | None) -> torch.device:
-    """The device asked for; None: a GPU if there is one."""
-    return torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    """The device asked for; None: a GPU if there is one. Where there is none to be had, with a warning, the CPU."""
+    chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if chosen.type == "cuda" and not torch.cuda.is_available():
+        warnings.warn(
+            f"device is {str(chosen)!r}, but no GPU is in reach: the CPU computes the same, slower",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+        return torch.device("cpu")
+    return chosen
 
 
 @torch.no_grad()
@@ -40,15 +50,25 @@ def predict(
     return torch.cat(parts)
 
 
-def accuracy(logits: Tensor, y: Tensor) -> float:
-    """Percent of rows of ``logits`` [n, classes] whose largest entry is at the label in ``y`` int64 [n].
+def correct(logits: Tensor, y: Tensor) -> Tensor:
+    """Bool [n]: in which rows of ``logits`` [n, classes] the largest entry is at the label in ``y`` int64 [n].
 
     Raises:
         ValueError: a logit that is not finite: no prediction was made.
     """
     if not logits.isfinite().all():
         raise ValueError(f"logits {list(logits.shape)} hold values that are not finite; the net makes no prediction")
-    return 100 * (logits.argmax(1) == y.to(logits.device)).double().mean().item()
+    return logits.argmax(1) == y.to(logits.device)
+
+
+def percent(right: Tensor) -> float:
+    """Percent of entries of a bool tensor that are true."""
+    return 100 * right.double().mean().item()
+
+
+def accuracy(logits: Tensor, y: Tensor) -> float:
+    """Percent of rows of ``logits`` [n, classes] that are :func:`correct` for the labels ``y`` int64 [n]."""
+    return percent(correct(logits, y))
 
 
 def standard_error(values: list[float]) -> float | None:
@@ -56,3 +76,32 @@ def standard_error(values: list[float]) -> float | None:
     if len(values) < 2:
         return None
     return (torch.tensor(values, dtype=torch.float64).std() / len(values) ** 0.5).item()
+
+
+class Difference(NamedTuple):
+    """Of two accuracies, in points: the difference, and its 95 % interval over test images."""
+
+    points: float
+    low: float
+    high: float
+
+
+def paired_difference(a: Tensor, b: Tensor) -> Difference:
+    """By how much a's accuracy is above b's on the same test images.
+
+    Args:
+        a, b: [n], for each image the share of runs that classify it correctly, 0 to 1 (one run: 0 or 1).
+
+    Returns:
+        the difference and its normal interval for other images like these; the runs are taken as they are.
+
+    Raises:
+        ValueError: not as many images in both, or fewer than two.
+    """
+    if a.shape != b.shape or a.ndim != 1 or len(a) < 2:
+        raise ValueError(
+            f"a and b have shapes {list(a.shape)} and {list(b.shape)}; they must be [n] with n of at least 2"
+        )
+    difference = 100 * (a.double() - b.double())
+    mean, half = difference.mean().item(), 1.96 * (difference.std() / len(difference) ** 0.5).item()
+    return Difference(mean, mean - half, mean + half)

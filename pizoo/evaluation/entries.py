@@ -12,30 +12,38 @@ import torch
 from torch import Tensor, nn
 
 from pizoo import zoo
-from pizoo.data import Dataset, read_images
+from pizoo.data import Dataset, TaskPool, load_tasks, read_images
 from pizoo.evaluation.accuracy import accuracy, choose_device, predict
+from pizoo.evaluation.fewshot import measure_splits
+from pizoo.memory import explained
 from pizoo.models import KernelRegressor
 
 
 def evaluate(
     model_or_entry: nn.Module | str | os.PathLike,
-    dataset: Dataset | None = None,
+    dataset: Dataset | dict[str, TaskPool] | None = None,
     *,
     data_dir: str | os.PathLike | None = None,
     device: torch.device | str | None = None,
     epoch: int | None = None,
+    rows_on: str = "auto",
+    tasks: int | None = None,
 ) -> dict[str, Any]:
     """Test accuracy of an entry, a checkpoint, or a net loaded from one.
 
     Args:
         model_or_entry: what :func:`pizoo.load` takes, or what it gave.
-        dataset: None: the one the net was trained on.
+        dataset: None: the one the net was trained on. Of a few-shot learner, classes as :func:`pizoo.data.load_tasks` gives
+            them.
         data_dir: where data sets are (:func:`pizoo.data.data_directory`).
         device: None: the net's own, for a name a GPU if there is one.
-        epoch: of a training checkpoint; None: the last.
+        epoch: of a training checkpoint; None: the one its training chose, else the last.
+        rows_on: of a name, where its rows are kept (:func:`pizoo.load`).
+        tasks: of a few-shot learner, on how many tasks of each split; None: as many as its recipe says.
 
     Returns:
-        ``accuracy`` in percent, ``images``, ``data``, ``seconds``.
+        ``accuracy`` in percent, ``images``, ``data``, ``seconds``; of a few-shot learner instead of ``images`` what
+        :func:`pizoo.evaluation.fewshot.measure_splits` gives.
 
     Raises:
         UnknownEntryError, CheckpointError, DataNotFoundError, ValueError: name, checkpoint or data are missing or do not fit.
@@ -44,23 +52,35 @@ def evaluate(
     if isinstance(model_or_entry, nn.Module):
         model = model_or_entry if device is None else model_or_entry.to(device)
     else:
-        model = zoo.load(model_or_entry, device=choose_device(device), epoch=epoch)
+        model = zoo.load(model_or_entry, device=choose_device(device), epoch=epoch, rows_on=rows_on)
     if not hasattr(model, "config"):
         raise ValueError(
             "model was not loaded by pizoo.load: its data and preprocessing are unknown; call predict instead"
         )
+    if task_settings := model.config["recipe"].get("tasks"):
+        pools = dataset or load_tasks(model.config["recipe"]["data"]["name"], data_dir)
+        with explained(_ran_out):
+            found = measure_splits(model, pools, task_settings, tasks).recorded
+        return {**found, "data": model.config["recipe"]["data"]["name"], "seconds": time.perf_counter() - begin}
+    if tasks is not None:
+        raise ValueError(f"tasks is {tasks}; this net does not learn from tasks, and is measured on its test images")
     normalize = zoo.preprocessing(model.config)
     dataset = dataset or zoo.dataset(model.config, data_dir)
     if dataset.test_x is None:
         raise ValueError(f"data set {dataset.name!r} has no test part to evaluate on")
     attach_training_images(model, dataset.train_x, normalize)
-    logits = predict(model, dataset.test_x, normalize)
+    with explained(_ran_out):
+        logits = predict(model, dataset.test_x, normalize)
     return {
         "accuracy": accuracy(logits, dataset.test_y),
         "images": len(dataset.test_y),
         "data": dataset.name,
         "seconds": time.perf_counter() - begin,
     }
+
+
+def _ran_out(reported: str) -> str:
+    return f"evaluation ran out of memory: {reported}. Rows kept off the GPU (--rows-on host, rows_on='host') stream"
 
 
 def attach_training_images(model: nn.Module, train_x: Tensor, normalize) -> None:
@@ -75,14 +95,19 @@ def classify(
     *,
     device: torch.device | str | None = None,
     top: int = 3,
+    rows_on: str = "auto",
 ) -> list[list[tuple[str, float]]]:
     """The likeliest classes of image files, with their probabilities (for kernel regressors: scores).
 
     Raises:
         ValueError: a net that takes no images, a file that is none.
     """
-    model = zoo.load(entry, device=device)
+    model = zoo.load(entry, device=None if device is None else choose_device(device), rows_on=rows_on)
     data = model.config["recipe"]["data"]
+    if model.config["recipe"].get("tasks"):
+        raise ValueError(
+            f"{entry} has no classes of its own: adapt it to a few images of yours with model.adapt, then predict"
+        )
     if len(data["input_size"]) != 3:
         raise ValueError(f"{entry} takes vectors {data['input_size']}, not images")
     pixels = read_images([Path(image) for image in images], tuple(data["input_size"]))

@@ -6,19 +6,21 @@ import os
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
+from torch import Tensor, nn
 
 from pizoo import checkpoint, zoo
 from pizoo.checkpoint import CheckpointError
-from pizoo.data import DataNotFoundError
-from pizoo.evaluation.accuracy import accuracy, choose_device, predict
+from pizoo.data import DataNotFoundError, load_tasks
+from pizoo.evaluation.accuracy import choose_device, correct, percent, predict
 from pizoo.evaluation.entries import attach_training_images
-from pizoo.models import KernelRegressor
+from pizoo.evaluation.fewshot import TaskAccuracy, adapter, split_correct
 
 # Logits of the probe may differ between devices and libraries by rounding, float16 rows included.
 PROBE_TOLERANCE = 2e-3
+ROUNDING = 1e-6  # points, of a mean over images
 
 
 class _NotRun(Exception):
@@ -37,8 +39,11 @@ class VerifyReport:
         entry: its name.
         status: is the checkpoint what it claims? ``measured`` against ``recorded``.
         reason: why not, or why it was not run; empty when verified.
-        check: "test accuracy" or "probe".
+        check: "test accuracy", "first N test images", "probe", or how many tasks of which split.
         recorded, measured: accuracy in percent; for the probe 0 and the relative error of its logits.
+        differing: how many of these test images (queries of tasks) were right when recorded and wrong now, or the reverse;
+            None: not recorded.
+        half_width: of the 95 % interval of ``measured`` over tasks, in points; None: not measured on tasks.
         reproduction: does our training reproduce the paper? ``mean`` against ``published``.
         mean, standard_error, seeds: recorded accuracy over seeds.
         published: the paper's accuracy in percent, if it gives one.
@@ -48,9 +53,11 @@ class VerifyReport:
     entry: str
     status: Status
     reason: str
-    check: Literal["test accuracy", "probe"]
+    check: str
     recorded: float | None
     measured: float | None
+    differing: int | None
+    half_width: float | None
     reproduction: Reproduction
     mean: float | None
     standard_error: float | None
@@ -62,11 +69,33 @@ class VerifyReport:
         return asdict(self)
 
 
+class _Outcome(NamedTuple):
+    """What a check found."""
+
+    status: Status
+    reason: str
+    recorded: float | None = None
+    measured: float | None = None
+    differing: int | None = None
+    half_width: float | None = None
+
+
+class _Found(NamedTuple):
+    """What there is to verify: a checkpoint's folder and net, and what is recorded of it, of single test images too."""
+
+    folder: Path
+    model: nn.Module
+    config: dict[str, Any]
+    results: dict[str, Any]
+    correct: dict[str, Tensor]
+
+
 def verify(
     entry: str,
     data_dir: str | os.PathLike | None = None,
     device: torch.device | str | None = None,
     quick: bool = False,
+    images: int | None = None,
 ) -> VerifyReport:
     """Re-measure an entry's checkpoint and compare with what it recorded.
 
@@ -74,19 +103,25 @@ def verify(
         entry: a name of the zoo, or the path of a checkpoint with a ``results.json``.
         data_dir: where data sets are (:func:`pizoo.data.data_directory`).
         device: None: a GPU if there is one.
-        quick: compare the logits of the stored probe instead of the test accuracy; needs no data set. Kernel regressors
-            whose training images do not ship predict from those images alone: not run.
+        quick: compare the logits of the stored probe instead of the test accuracy; needs no data set. A kernel
+            regressor's probe checks what a few training images contribute to them.
+        images: measure on this many first test images, and compare with what was recorded of the same ones: a smaller
+            check where all of them take long, as for kernel regressors. None: all. What learns tasks has no test images: of
+            these tasks the first :data:`pizoo.evaluation.fewshot.VERIFIED_TASKS` are measured.
 
     Returns:
         the report. A missing data set, missing weights or a damaged file are reported, not raised.
 
     Raises:
         UnknownEntryError: no such entry.
+        ValueError: ``images`` below 1, or together with ``quick``.
     """
+    if images is not None and (images < 1 or quick):
+        raise ValueError(f"images is {images}; it must be at least 1, and the probe (quick) has its own")
     begin = time.perf_counter()
     folder = zoo.folder_of(entry)
     device = choose_device(device)
-    status, reason, recorded, measured = "not run", "", None, None
+    outcome = _Outcome("not run", "")
     results: dict[str, Any] = {}
     config: dict[str, Any] = {}
     try:
@@ -94,23 +129,23 @@ def verify(
         if not (folder / checkpoint.RESULTS).exists():
             raise zoo.WeightsNotFoundError(f"{folder} records no results yet")
         results = checkpoint.read_json(folder / checkpoint.RESULTS)
-        model = zoo.load(entry, device=device)
-        check = _probe if quick else _test_accuracy
-        status, reason, recorded, measured = check(folder, model, config, results, data_dir)
-    except (_NotRun, DataNotFoundError, zoo.WeightsNotFoundError) as error:
-        reason = str(error)
+        records = _recorded_correct(folder, results)
+        found = _Found(folder, zoo.load(entry, device=device), config, results, records)
+        measure = _task_accuracy if config["recipe"].get("tasks") else _test_accuracy
+        outcome = _probe(found) if quick else measure(found, data_dir, images)
+    except DataNotFoundError as error:
+        outcome = _Outcome("not run", str(error) + _needs(config))
+    except (_NotRun, zoo.WeightsNotFoundError) as error:
+        outcome = _Outcome("not run", str(error))
     except (CheckpointError, ValueError) as error:  # ValueError: other training images, logits that are not finite
-        status, reason = "mismatch", str(error)
+        outcome = _Outcome("mismatch", str(error))
     published = (config.get("recipe", {}).get("published") or {}).get("accuracy")
     mean = results.get("mean_accuracy", results.get("accuracy"))
     tolerance = config.get("recipe", {}).get("tolerance", {}).get("reproduce", 1.0)
     return VerifyReport(
         entry=str(entry),
-        status=status,
-        reason=reason,
-        check="probe" if quick else "test accuracy",
-        recorded=recorded,
-        measured=measured,
+        check="probe" if quick else _checked(results, images),
+        **outcome._asdict(),
         reproduction=_reproduction(mean, published, tolerance),
         mean=mean,
         standard_error=results.get("standard_error"),
@@ -120,39 +155,100 @@ def verify(
     )
 
 
-def _test_accuracy(folder: Path, model, config, results, data_dir) -> tuple[Status, str, float, float]:
+def _checked(results: dict[str, Any], images: int | None) -> str:
+    """What the recorded number is of, without ``quick``."""
+    if tasks := results.get("verification"):
+        return f"{tasks['tasks']:,} tasks of {results['split']}"
+    return "test accuracy" if images is None else f"first {images} test images"
+
+
+def _needs(config: dict[str, Any]) -> str:
+    """What a kernel regressor needs beyond what every net does; empty for nets."""
+    if config["recipe"]["train"] is not None or config["recipe"].get("tasks"):
+        return ""
+    return (
+        ". A kernel regressor computes its kernel between all test and all training images; --images 1000 takes fewer test "
+        "images, --quick needs no data"
+    )
+
+
+def _test_accuracy(found: _Found, data_dir: str | os.PathLike | None, images: int | None) -> _Outcome:
+    config, recorded = found.config, found.results.get("accuracy")
     try:
         dataset, normalize = zoo.dataset(config, data_dir), zoo.preprocessing(config)
     except ValueError as error:
         raise _NotRun(str(error)) from error
-    recorded, tolerance = results.get("accuracy"), config["recipe"]["tolerance"]["verify"]
     if recorded is None or dataset.test_x is None:
-        raise _NotRun(f"{folder} records no accuracy, or data set {dataset.name!r} has no test part to measure it on")
-    attach_training_images(model, dataset.train_x, normalize)
-    measured = accuracy(predict(model, dataset.test_x, normalize), dataset.test_y)
-    if abs(measured - recorded) <= tolerance:
-        return "verified", "", recorded, measured
-    reason = f"measured {measured:.2f} %, recorded {recorded:.2f} %: further apart than {tolerance} points"
-    return "mismatch", reason, recorded, measured
-
-
-def _probe(folder: Path, model, config, results, data_dir) -> tuple[Status, str, float, float | None]:
-    if isinstance(model, KernelRegressor) and model.train_x is None:
         raise _NotRun(
-            f"a kernel regressor predicts from its training images, {len(model.dual)} of {config['recipe']['data']['name']}: "
-            "verify it without --quick"
+            f"{found.folder} records no accuracy, or data set {dataset.name!r} has no test part to measure it on"
         )
-    if checkpoint.PROBE not in config["pizoo"]["files"]:
-        raise _NotRun(f"{folder} has no probe, only shipped nets do: verify it without --quick")
-    probe = checkpoint.read_tensors(folder / checkpoint.PROBE, config["pizoo"]["files"][checkpoint.PROBE])
-    anchor = next(iter((*model.parameters(), *model.buffers())))
-    with torch.no_grad():
-        logits = model(probe["x"].to(anchor.device, anchor.dtype)).cpu().double()
-    stored = probe["logits"].double()
+    shipped = found.correct.get(checkpoint.SHIPPED)
+    if images is not None:
+        if shipped is None:
+            raise _NotRun(f"{found.folder} does not record single test images: verify it on all of them")
+        recorded = percent(shipped[:images])
+    attach_training_images(found.model, dataset.train_x, normalize)
+    right = correct(predict(found.model, dataset.test_x[:images], normalize), dataset.test_y[:images])
+    return _compared(found, recorded, right)
+
+
+def _task_accuracy(found: _Found, data_dir: str | os.PathLike | None, images: int | None) -> _Outcome:
+    config, recorded = found.config["recipe"], found.results.get("verification")
+    if images is not None:
+        raise _NotRun(f"{found.folder} is measured on tasks, not on test images: verify it without --images")
+    if recorded is None:
+        raise _NotRun(f"{found.folder} records no accuracy on tasks")
+    pools = load_tasks(config["data"]["name"], data_dir)
+    right = split_correct(found.model, pools, config["tasks"], found.results["split"], recorded["tasks"])
+    return _compared(found, recorded["accuracy"], right)._replace(half_width=TaskAccuracy.of(right).half_width)
+
+
+def _compared(found: _Found, recorded: float, right: Tensor) -> _Outcome:
+    """The recorded accuracy in percent beside that of ``right``, bool of test images [n] or of tasks and queries [T, Q]."""
+    measured, tolerance = percent(right), found.config["recipe"]["tolerance"]["verify"]
+    shipped = found.correct.get(checkpoint.SHIPPED)
+    differing = None if shipped is None else int((right != shipped[: len(right)]).sum())
+    if abs(measured - recorded) <= tolerance:
+        return _Outcome("verified", "", recorded, measured, differing)
+    reason = f"measured {measured:.2f} %, recorded {recorded:.2f} %: further apart than {tolerance} points"
+    return _Outcome("mismatch", reason, recorded, measured, differing)
+
+
+@torch.no_grad()
+def _probe(found: _Found) -> _Outcome:
+    files = found.config["pizoo"]["files"]
+    if checkpoint.PROBE not in files:
+        raise _NotRun(f"{found.folder} has no probe, only shipped nets do: verify it without --quick")
+    probe = checkpoint.read_tensors(found.folder / checkpoint.PROBE, files[checkpoint.PROBE])
+    if "support_x" in probe:
+        learner = adapter(found.model, found.config["recipe"]["tasks"])
+        logits = learner(probe["support_x"], probe["support_y"])(probe["x"])
+    else:
+        logits = checkpoint.probe_logits(found.model, probe["x"], probe.get("train_x"))
+    logits, stored = logits.cpu().double(), probe["logits"].double()
     error = ((logits - stored).norm() / stored.norm()).item()
     if error <= PROBE_TOLERANCE:
-        return "verified", "", 0.0, error
-    return "mismatch", f"the probe's logits are off by {error:.2g}, more than {PROBE_TOLERANCE}", 0.0, error
+        return _Outcome("verified", "", 0.0, error)
+    return _Outcome("mismatch", f"the probe's logits are off by {error:.2g}, more than {PROBE_TOLERANCE}", 0.0, error)
+
+
+def _recorded_correct(folder: Path, results: dict[str, Any]) -> dict[str, Tensor]:
+    """Which test images (queries of tasks) were classified correctly, by the shipped net and every seed's; empty where not
+    recorded.
+
+    Raises:
+        CheckpointError: these records and the recorded accuracies do not belong together.
+    """
+    if "correct_sha256" not in results:
+        return {}
+    found = checkpoint.read_tensors(folder / checkpoint.CORRECT, results["correct_sha256"])
+    recorded = {checkpoint.SHIPPED: results} | {checkpoint.seed_key(run["seed"]): run for run in results["seeds"]}
+    for key, run in recorded.items():
+        if key not in found or abs(percent(found[key]) - run["accuracy"]) > ROUNDING:
+            raise CheckpointError(
+                f"{folder}: the accuracy recorded of {key} is not that of its images in {checkpoint.CORRECT}"
+            )
+    return found
 
 
 def _reproduction(mean: float | None, published: float | None, tolerance: float) -> Reproduction:

@@ -9,11 +9,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from pizoo.models.adapt import Adaptable, NearestNeighbour
 from pizoo.nn import InfPiInput, InfPiLinear, check_positive
 from pizoo.rows import Rows, rows_problem
 
 
-class PiNet(nn.Module):
+class PiNet(Adaptable):
     """Base of :class:`InfPiMLP`, :class:`FinPiMLP` and :class:`MuMLP`.
 
     Attributes:
@@ -59,9 +60,30 @@ class PiNet(nn.Module):
         """A fresh read-out for ``num_classes``, of the old one's device and dtypes; see the subclasses."""
         raise NotImplementedError
 
+    def preactivation(self, x: Tensor) -> Tensor:
+        """The last hidden pre-activation: [B, d_in] or [B, C, H, W] -> [B, r] or [B, width]."""
+        h = self.flatten(x)
+        *before, last = range(len(self.all_layers) - 1)
+        for l in before:
+            h = self.activation(self.call_layer(l, h))
+        return self.call_layer(last, h)
+
     def features(self, x: Tensor) -> Tensor:
-        """What the feature kernel uses; see the subclasses."""
-        raise NotImplementedError
+        """What the read-out takes and the feature kernel uses.
+
+        The last hidden pre-activation g [B, r] of an infinite net, post-activation [B, width] of a finite one.
+        """
+        return self.activation(self.preactivation(x))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, d_in] or [B, C, H, W] -> [B, d_out]."""
+        return self.readout(self.features(x))
+
+    @torch.no_grad()
+    def nearest_neighbour(self, support_x: Tensor, support_y: Tensor) -> NearestNeighbour:
+        """A predictor that gives queries the label of the nearest support sample; arguments as for :meth:`adapt`."""
+        x, y = self.support_sets(support_x, support_y)
+        return NearestNeighbour(self, x, y, single=support_y.ndim == 1)
 
     def feature_kernel(self, x: Tensor, y: Tensor) -> Tensor:
         """Feature kernel between two sets of :meth:`features`: [n, k], [m, k] -> [n, m]."""
@@ -73,15 +95,7 @@ class PiNet(nn.Module):
         Raises:
             RuntimeError: missing or unexpected keys (when ``strict``), shapes that do not fit.
         """
-        if problems := state_problems(self, state_dict):
-            raise RuntimeError(f"{type(self).__name__} cannot load this state: " + "; ".join(problems))
-        if strict:
-            own = {name for name, _ in persistent_tensors(self)}
-            missing, unexpected = sorted(own - set(state_dict)), sorted(set(state_dict) - own)
-            if missing or unexpected:
-                raise RuntimeError(
-                    f"{type(self).__name__} cannot load this state: missing keys {missing}, unexpected keys {unexpected}"
-                )
+        check_state(self, state_dict, strict)
         return super().load_state_dict(state_dict, strict, assign)
 
 
@@ -119,6 +133,19 @@ def infinite_readout(hparams: Mapping[str, Any], device=None, dtype: torch.dtype
         device=device,
         dtype=dtype,
     )
+
+
+def check_state(model: nn.Module, state_dict: Mapping[str, Tensor], strict: bool = True) -> None:
+    """Raise RuntimeError unless ``model`` can load ``state_dict``, of which names and shapes matter alone."""
+    if problems := state_problems(model, state_dict):
+        raise RuntimeError(f"{type(model).__name__} cannot load this state: " + "; ".join(problems))
+    if strict:
+        own = {name for name, _ in persistent_tensors(model)}
+        missing, unexpected = sorted(own - set(state_dict)), sorted(set(state_dict) - own)
+        if missing or unexpected:
+            raise RuntimeError(
+                f"{type(model).__name__} cannot load this state: missing keys {missing}, unexpected keys {unexpected}"
+            )
 
 
 def state_problems(model: nn.Module, state_dict: Mapping[str, Tensor]) -> list[str]:

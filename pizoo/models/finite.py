@@ -6,6 +6,7 @@ Source: Yang, Santacroce, Hu (ICLR 2022), section 4 and the appendix on finite-w
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from pizoo import functional
 from pizoo.models.base import InfiniteLayers, PiNet, infinite_layers
 from pizoo.nn import InfPiLinear, PiLinear, projection_basis
+from pizoo.rows import converted
 
 if TYPE_CHECKING:
     from pizoo.models.infpi import InfPiMLP
@@ -48,24 +50,19 @@ class _FiniteMLP(PiNet):
         if self.hparams["readout_zero_init"]:
             nn.init.zeros_(self.layers[-1].weight)
 
-    def basis(self, l: int) -> Tensor | None:
-        """What gradients of layer l are projected onto: orthonormal columns [width, r], or None."""
-        return None
+    @property
+    def all_layers(self) -> list[nn.Module]:
+        return list(self.layers)
 
-    def features(self, x: Tensor) -> Tensor:
-        """The last hidden post-activation [B, width]."""
-        h = self.flatten(x)
-        for l, layer in enumerate(self.layers[:-1]):
-            h = torch.relu(layer(h, self.basis(l)))
-        return h
+    def call_layer(self, l: int, h: Tensor) -> Tensor:
+        return self.layers[l](h, self.basis(l))
+
+    def activation(self, h: Tensor) -> Tensor:
+        return torch.relu(h)
 
     def feature_kernel(self, x: Tensor, y: Tensor) -> Tensor:
         """``cos(x, y) / 2`` between two sets of features: [n, width], [m, width] -> [n, m]."""
         return functional.feature_kernel_from_postactivations(x, y)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[B, d_in] or [B, C, H, W] -> [B, d_out]."""
-        return self.layers[-1](self.features(x))
 
 
 class MuMLP(_FiniteMLP):
@@ -76,6 +73,7 @@ class MuMLP(_FiniteMLP):
             :class:`InfPiMLP`.
         width: units of each hidden layer.
         readout_zero_init: start with a read-out of zeros.
+        initial_scales: what the initial weights of the first layers are multiplied by, from the input on; None: nothing.
         device, dtype: of the parameters.
 
     State: ``layers.{l}.weight``, ``layers.{l}.bias``, l = 0..hidden_layers.
@@ -92,9 +90,11 @@ class MuMLP(_FiniteMLP):
         first_layer_alpha: float = 1.0,
         last_layer_alpha: float = 1.0,
         readout_zero_init: bool = False,
+        initial_scales: Sequence[float] | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
+        scales = {} if initial_scales is None else {"initial_scales": list(initial_scales)}
         super().__init__(
             d_in=d_in,
             d_out=d_out,
@@ -107,7 +107,13 @@ class MuMLP(_FiniteMLP):
             readout_zero_init=readout_zero_init,
             device=device,
             dtype=dtype,
+            **scales,
         )
+        if len(initial_scales or ()) > hidden_layers + 1:
+            raise ValueError(f"initial_scales are {initial_scales}; there are {hidden_layers + 1} layers to scale")
+        with torch.no_grad():
+            for layer, scale in zip(self.layers, initial_scales or (), strict=False):
+                layer.weight.mul_(scale)
         if readout_zero_init:
             nn.init.zeros_(self.layers[-1].weight)
 
@@ -209,7 +215,8 @@ class FinPiMLP(_FiniteMLP):
         self._sample(infinite_layers(self.hparams, device, dtype) if source is None else source)
 
     def basis(self, l: int) -> Tensor | None:
-        return self.omega.basis(l) if self.hparams["projected"] else None
+        hidden = l < self.hparams["hidden_layers"]  # the read-out's gradient is not projected
+        return self.omega.basis(l) if hidden and self.hparams["projected"] else None
 
     @torch.no_grad()
     def _sample(self, source: InfiniteLayers | InfPiMLP) -> None:
@@ -232,6 +239,7 @@ def _output_of_units(layer: InfPiLinear, omega: Tensor) -> Tensor:
     """``(amult A)ᵀ relu(Ω Bᵀ)ᵀ`` [r_out, n], block by block of rows, in at least float32."""
     dtype = torch.promote_types(layer.A.dtype, torch.float32)
     total = torch.zeros(layer.A.shape[1], len(omega), device=omega.device, dtype=dtype)
-    for A, B, amult in zip(*(t.detach().split(ROWS_AT_ONCE) for t in (layer.A, layer.B, layer.amult)), strict=True):
-        total += (amult[:, None] * A.to(dtype)).T @ torch.relu(B.to(dtype) @ omega.to(dtype).T)
+    for rows in zip(*(t.detach().split(ROWS_AT_ONCE) for t in (layer.A, layer.B, layer.amult)), strict=True):
+        A, B, amult = converted(*(part.to(omega.device) for part in rows), dtype)  # they may be kept on the host
+        total += (amult[:, None] * A).T @ torch.relu(B @ omega.to(dtype).T)
     return total

@@ -11,6 +11,7 @@ from pizoo import functional
 from pizoo.models.base import PiNet, infinite_layers, infinite_readout
 from pizoo.models.finite import FinPiMLP
 from pizoo.nn import InfPiLinear
+from pizoo.rows import Place
 
 
 class InfPiMLP(PiNet):
@@ -28,7 +29,7 @@ class InfPiMLP(PiNet):
         readout_zero_init: start with a read-out of one row that contributes nothing.
         device, dtype: of the parameters; ``amult`` stays in at least float32.
         rows_dtype: of the rows of growing layers, where nearly all memory is; None: ``dtype``. float16 rows under float32
-            inputs and biases is how the zoo's nets are trained.
+            inputs and biases is how the zoo's nets are trained. int8 (a scale per row) takes half of that memory.
 
     Attributes:
         compacted: of a net made by :func:`pizoo.compact`, what it was made of; else None.
@@ -38,6 +39,7 @@ class InfPiMLP(PiNet):
 
     Raises:
         ValueError: sizes not positive, multipliers not finite.
+        TypeError: a ``dtype`` that is not floating-point, a ``rows_dtype`` that is neither that nor int8.
     """
 
     compacted: dict[str, Any] | None = None
@@ -78,29 +80,36 @@ class InfPiMLP(PiNet):
                 layer.to_rows_dtype(rows_dtype)
 
     def new_readout(self) -> None:
-        rows_dtype = self.output.A.dtype
+        rows_dtype, rows_on = self.output.A.dtype, self.output.rows_on
         self.output = infinite_readout(self.hparams, self.input.A.device, self.input.A.dtype)
         self.output.to_rows_dtype(rows_dtype)
+        self.output.keep_rows_on(rows_on)
+
+    def keep_rows_on(self, place: Place) -> InfPiMLP:
+        """Keep the rows of growing layers, where nearly all memory is, on the net's "device" or on the "host".
+
+        From the host they stream to the net's device in every forward and backward pass, in page-locked memory at the speed
+        of the bus. They stay there whatever device the net is moved to. Returns the net.
+
+        Raises:
+            ValueError: another place.
+        """
+        for layer in self.growing_layers.values():
+            layer.keep_rows_on(place)
+        return self
 
     @property
     def growing_layers(self) -> dict[str, InfPiLinear]:
         """Name to layer: ``hidden.0``, ..., ``output``."""
         return {**{f"hidden.{i}": layer for i, layer in enumerate(self.hidden)}, "output": self.output}
 
-    def features(self, x: Tensor) -> Tensor:
-        """The last hidden pre-activation, coordinates g [B, r]."""
-        g = self.input(self.flatten(x))
-        for layer in self.hidden:
-            g = layer(g)
-        return g
+    @property
+    def all_layers(self) -> list[nn.Module]:
+        return [self.input, *self.hidden, self.output]
 
     def feature_kernel(self, x: Tensor, y: Tensor) -> Tensor:
         """``F00(cos(x, y))`` between two sets of features: [n, r], [m, r] -> [n, m]."""
         return functional.feature_kernel_from_preactivations(x, y)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[B, d_in] or [B, C, H, W] -> [B, d_out]."""
-        return self.output(self.features(x))
 
     @torch.no_grad()
     def sample(self, width: int, omegas: list[Tensor] | None = None, projected: bool = True) -> FinPiMLP:

@@ -1,7 +1,8 @@
-"""Kernel regressors of networks that do not learn features: NNGP and NTK, kept as dual coefficients."""
+"""Kernels of networks that do not learn features, NNGP and NTK: regressors, kept as dual coefficients; few-shot learners."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -9,9 +10,13 @@ from torch import Tensor, nn
 
 from pizoo import functional
 from pizoo.data import fingerprint
+from pizoo.models.adapt import Adaptable
 from pizoo.nn import check_positive
 
-KERNEL_ENTRIES_AT_ONCE = 2**25  # of a kernel computed block by block: 256 MB in float64, a few times over
+# A kernel is computed block by block. In float64 a block, of which there are a dozen at a time on the way, is 4 MB on a CPU, to
+# stay in its cache, and 256 MB on a GPU, to keep it busy.
+BLOCK_ENTRIES = {"cpu": 2**19, "cuda": 2**25}
+BLOCK_ROWS = 1024
 
 
 class KernelRegressor(nn.Module):
@@ -53,13 +58,32 @@ class KernelRegressor(nn.Module):
 
     @torch.no_grad()
     def kernel_matrix(self, x: Tensor, y: Tensor) -> Tensor:
-        """The kernel between inputs [n, d] and [m, d], block by block, in x's dtype: [n, m]."""
-        function = getattr(functional, self.kernel_function)
-        rows = max(1, KERNEL_ENTRIES_AT_ONCE // max(1, len(y)))
+        """The kernel between inputs [n, d] and [m, d] in x's dtype: [n, m], and memory for little more than that."""
         out = x.new_empty(len(x), len(y))
-        for start in range(0, len(x), rows):
-            out[start : start + rows] = function(x[start : start + rows], y, **self.kernel)
+        for rows, columns, block in self._blocks(x, y):
+            out[rows, columns] = block
         return out
+
+    @torch.no_grad()
+    def scores(self, x: Tensor, train_x: Tensor) -> Tensor:
+        """What the first training inputs ``train_x`` [m, d] contribute to the scores of inputs x [n, d]: [n, classes].
+
+        All of them: the scores. The kernel between x and train_x is never held as a whole.
+        """
+        out = self.dual.new_zeros(len(x), self.num_classes)
+        for rows, columns, block in self._blocks(x, train_x):
+            out[rows] += block @ self.dual[columns]
+        return out
+
+    def _blocks(self, x: Tensor, y: Tensor) -> Iterator[tuple[slice, slice, Tensor]]:
+        function = getattr(functional, self.kernel_function)
+        height = min(BLOCK_ROWS, len(x))
+        width = max(1, BLOCK_ENTRIES.get(x.device.type, BLOCK_ENTRIES["cpu"]) // height)
+        for i in range(0, len(x), height):
+            rows = slice(i, min(i + height, len(x)))
+            for j in range(0, len(y), width):
+                columns = slice(j, min(j + width, len(y)))
+                yield rows, columns, function(x[rows], y[columns], **self.kernel)
 
     @torch.no_grad()
     def fit(self, x: Tensor, y: Tensor) -> KernelRegressor:
@@ -105,8 +129,7 @@ class KernelRegressor(nn.Module):
             raise RuntimeError(
                 f"this {type(self).__name__} predicts from its training inputs: call attach(train_x) first, or fit(x, y)"
             )
-        x = self._flatten(x).to(self.dual)
-        return self.kernel_matrix(x, self.train_x) @ self.dual
+        return self.scores(self._flatten(x).to(self.dual), self.train_x)
 
     def _flatten(self, x: Tensor) -> Tensor:
         x = x.flatten(1) if x.ndim > 1 else x
@@ -166,6 +189,94 @@ class NTKRegressor(KernelRegressor):
             d_out,
             ridge,
             train_fingerprint,
+            depth=depth,
+            var_w=var_w,
+            var_b=var_b,
+            first_layer_lr_mult=first_layer_lr_mult,
+            last_layer_lr_mult=last_layer_lr_mult,
+            bias_lr_mult=bias_lr_mult,
+            form=form,
+        )
+
+
+class KernelLearner(Adaptable):
+    """A predictor of zeros that adapts to a task by gradient steps in the space of functions of a kernel.
+
+    After one step its logits are ``step_size K(query, support) (onehot - softmax(0)) / N``. It has nothing to train.
+
+    Args:
+        d_in: input dimension.
+        d_out: number of classes of a task.
+        kernel: hyper-parameters of the kernel function, see the subclasses.
+    """
+
+    kernel_function = None
+
+    def __init__(self, d_in: int, d_out: int, **kernel: Any):
+        super().__init__()
+        check_positive(d_in=d_in, d_out=d_out, depth=kernel["depth"])
+        self.hparams = {"d_in": d_in, "d_out": d_out, **kernel}
+        self.d_in, self.num_classes = d_in, d_out
+        self._readout = _KernelReadout(getattr(functional, self.kernel_function), kernel, d_out)
+
+    @property
+    def all_layers(self) -> list[nn.Module]:
+        return [self._readout]
+
+    def features(self, x: Tensor) -> Tensor:
+        """The inputs themselves, [B, d_in]."""
+        return x
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, d_in] or [B, C, H, W] -> zeros [B, d_out]: what it predicts before it has seen a task."""
+        return self.readout(self.features(x.flatten(1)))
+
+
+class _KernelReadout(nn.Module):
+    """Zeros, with a kernel that says where gradient steps lead."""
+
+    alpha, bias, bias_alpha = 1.0, None, 0.0
+
+    def __init__(self, function, kernel: dict[str, Any], d_out: int):
+        super().__init__()
+        self.function, self.hparams, self.d_out = function, kernel, d_out
+
+    def kernel(self, x: Tensor, y: Tensor) -> Tensor:
+        return self.function(x, y, **self.hparams)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.new_zeros(len(x), self.d_out)
+
+
+class NNGPLearner(KernelLearner):
+    """Few-shot learning with :func:`pizoo.functional.nngp`, whose parameters these are."""
+
+    kernel_function = "nngp"
+
+    def __init__(self, d_in: int, d_out: int, depth: int = 2, var_w: float = 1.0, var_b: float = 0.0):
+        super().__init__(d_in, d_out, depth=depth, var_w=var_w, var_b=var_b)
+
+
+class NTKLearner(KernelLearner):
+    """Few-shot learning with :func:`pizoo.functional.ntk`, whose parameters these are."""
+
+    kernel_function = "ntk"
+
+    def __init__(
+        self,
+        d_in: int,
+        d_out: int,
+        depth: int = 2,
+        var_w: float = 1.0,
+        var_b: float = 0.0,
+        first_layer_lr_mult: float = 1.0,
+        last_layer_lr_mult: float = 1.0,
+        bias_lr_mult: float = 1.0,
+        form: str = "reference",
+    ):
+        super().__init__(
+            d_in,
+            d_out,
             depth=depth,
             var_w=var_w,
             var_b=var_b,

@@ -1,8 +1,8 @@
 """The growing layer's forward and backward: one function that picks the implementation.
 
 ``reference`` says what is computed; ``blocked`` (plain torch, little memory) and ``triton`` (fused, CUDA) compute the
-same. The choice follows device, dtype and shape. ``PIZOO_OPS=reference|blocked|triton`` forces one for a process,
-:func:`use` for a block of code.
+same, and ``streamed`` hands them rows that stay in host memory. The choice follows device, dtype and shape.
+``PIZOO_OPS=reference|blocked|triton`` forces one for a process, :func:`use` for a block of code.
 """
 
 from __future__ import annotations
@@ -27,28 +27,36 @@ _forced: str | None = os.environ.get("PIZOO_OPS") or None
 _failed = False
 
 
-def growing_forward(gbar: Tensor, A: Tensor, B: Tensor, amult: Tensor, count: Tensor | None = None) -> Tensor:
+def growing_forward(
+    gbar: Tensor, A: Tensor, B: Tensor, amult: Tensor, count: Tensor | None = None, bmult: Tensor | None = None
+) -> Tensor:
     """``F00(gbar Bᵀ) (amult A)``, [b, r_out]; see :func:`pizoo.ops.reference.growing_forward`."""
-    return _run("growing_forward", gbar, A, B, amult, count=count)
+    return _run("growing_forward", gbar, A, B, amult, count=count, bmult=bmult)
 
 
 def growing_backward(
-    gbar: Tensor, A: Tensor, B: Tensor, amult: Tensor, delta: Tensor, count: Tensor | None = None
+    gbar: Tensor,
+    A: Tensor,
+    B: Tensor,
+    amult: Tensor,
+    delta: Tensor,
+    count: Tensor | None = None,
+    bmult: Tensor | None = None,
 ) -> Tensor:
     """Gradient at the layer's input, [b, r]; see :func:`pizoo.ops.reference.growing_backward`."""
     if delta.shape != (len(gbar), A.shape[-1]):
         raise ValueError(f"delta has shape {tuple(delta.shape)}; it must be [b, r_out] = {(len(gbar), A.shape[-1])}")
-    return _run("growing_backward", gbar, A, B, amult, delta, count=count)
+    return _run("growing_backward", gbar, A, B, amult, delta, count=count, bmult=bmult)
 
 
 def growing_forward_jacobian(
-    gbar: Tensor, A: Tensor, B: Tensor, amult: Tensor, count: Tensor | None = None
+    gbar: Tensor, A: Tensor, B: Tensor, amult: Tensor, count: Tensor | None = None, bmult: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Output [b, r_out] and Jacobian [b, r_out, r] in one pass over the rows, for narrow layers (a read-out).
 
     See :func:`pizoo.ops.reference.growing_forward_jacobian`.
     """
-    return _run("growing_forward_jacobian", gbar, A, B, amult, count=count)
+    return _run("growing_forward_jacobian", gbar, A, B, amult, count=count, bmult=bmult)
 
 
 @contextmanager
@@ -72,17 +80,19 @@ def fused(gbar: Tensor, A: Tensor, op: str = "growing_forward") -> bool:
     return can and _module("triton").supports(op, gbar, A)
 
 
-def _run(op: str, gbar: Tensor, A: Tensor, B: Tensor, amult: Tensor, *delta: Tensor, count: Tensor | None):
-    _check_rows(gbar, A, B, amult)
+def _run(op: str, gbar: Tensor, A: Tensor, B: Tensor, amult: Tensor, *delta: Tensor, **options: Tensor | None):
+    _check_rows(gbar, A, B, amult, options["bmult"])
     forced = _check_name(_forced)
+    if A.device.type == "cpu" and gbar.device.type != "cpu":
+        return getattr(_module("streamed"), op)(gbar, A, B, amult, *delta, **options)
     if fused(gbar, A, op):
         try:
-            return getattr(_module("triton"), op)(gbar, A, B, amult, *delta, count=count)
+            return getattr(_module("triton"), op)(gbar, A, B, amult, *delta, **options)
         except (torch.OutOfMemoryError, torch.AcceleratorError):
             raise
         except Exception as error:  # whatever keeps a kernel from being compiled: no compiler, too small a GPU
             _fall_back(f"{type(error).__name__}: {error}")
-    return getattr(_module(forced or "blocked"), op)(gbar, A, B, amult, *delta, count=count)
+    return getattr(_module(forced or "blocked"), op)(gbar, A, B, amult, *delta, **options)
 
 
 @cache
@@ -116,11 +126,16 @@ def _check_name(implementation: str | None) -> str | None:
     return implementation
 
 
-def _check_rows(gbar: Tensor, A: Tensor, B: Tensor, amult: Tensor) -> None:
+def _check_rows(gbar: Tensor, A: Tensor, B: Tensor, amult: Tensor, bmult: Tensor | None) -> None:
     shapes = [tuple(part.shape) for part in (gbar, A, B, amult)]
     fit = [len(shape) for shape in shapes] == [2, 2, 2, 1] and shapes[0][1] == shapes[2][1]
     if not (fit and shapes[1][0] == shapes[2][0] == shapes[3][0] and A.dtype == B.dtype):
         raise ValueError(
             f"gbar, A, B, amult have shapes {shapes} and rows {A.dtype}, {B.dtype}; "
             "they must be [b, r], [M, r_out], [M, r], [M], and the rows of one dtype"
+        )
+    found = None if bmult is None else tuple(bmult.shape)
+    if found != (wanted := shapes[3] if B.dtype == torch.int8 else None):
+        raise ValueError(
+            f"bmult is {found and f'of shape {found}'}; with rows {B.dtype} {shapes[2]} it must be {wanted}"
         )

@@ -13,7 +13,7 @@ except ImportError:  # no Triton on this platform, and no GPU either: nobody ask
 
 
 def append_reference(new: tuple[Tensor, ...], storages: tuple[Tensor, ...], first: Tensor) -> None:
-    """Write ``new`` (A [b, r_out], B [b, r], amult [b]) into ``storages`` from row ``first`` (one integer) on."""
+    """Write ``new`` (A [b, r_out], B [b, r], amult [b], of int8 rows bmult [b]) into ``storages`` from row ``first`` on."""
     rows = first + torch.arange(len(new[0]), device=first.device)
     for storage, part in zip(storages, new, strict=True):
         storage.index_copy_(0, rows, part.to(storage.dtype))
@@ -25,17 +25,31 @@ def append_fused(new: tuple[Tensor, ...], storages: tuple[Tensor, ...], first: T
     strides = (storages[0].stride(0), storages[1].stride(0))
     width = triton.next_power_of_2(max(r, r_out))
     with torch.cuda.device_of(storages[0]):
-        _append_kernel[(b,)](*(part.contiguous() for part in new), first, *storages, r_out, r, *strides, width)
+        _append_kernel[(b,)](
+            *_with_bmult(*(part.contiguous() for part in new)),
+            first,
+            *_with_bmult(*storages),
+            r_out,
+            r,
+            *strides,
+            width,
+        )
+
+
+def _with_bmult(A: Tensor, B: Tensor, amult: Tensor, bmult: Tensor | None = None) -> tuple[Tensor | None, ...]:
+    return A, B, amult, bmult
 
 
 def _append_kernel(
     A_new,
     B_new,
     amult_new,
+    bmult_new,
     first,
     A,
     B,
     amult,
+    bmult,
     r_out: tl.constexpr,
     r: tl.constexpr,
     A_stride: tl.constexpr,
@@ -47,6 +61,8 @@ def _append_kernel(
     tl.store(A + row * A_stride + column, tl.load(A_new + i * r_out + column, column < r_out), column < r_out)
     tl.store(B + row * B_stride + column, tl.load(B_new + i * r + column, column < r), column < r)
     tl.store(amult + row, tl.load(amult_new + i))
+    if bmult is not None:
+        tl.store(bmult + row, tl.load(bmult_new + i))
 
 
 if triton is not None:

@@ -6,24 +6,51 @@ import torch
 from torch import Tensor
 
 from pizoo import ops
+from pizoo.ops import dense
 from pizoo.ops.reference import accumulate_dtype
 
 
 @torch.library.custom_op("pizoo::growing_forward", mutates_args=())
-def growing_forward(gbar: Tensor, A: Tensor, B: Tensor, amult: Tensor, count: Tensor) -> Tensor:
-    return ops.growing_forward(gbar, A, B, amult, count)
+def growing_forward(gbar: Tensor, A: Tensor, B: Tensor, amult: Tensor, count: Tensor, bmult: Tensor | None) -> Tensor:
+    return ops.growing_forward(gbar, A, B, amult, count, bmult)
 
 
 @growing_forward.register_fake
-def _(gbar, A, B, amult, count):
+def _(gbar, A, B, amult, count, bmult):
     return gbar.new_empty(len(gbar), A.shape[1], dtype=accumulate_dtype(A.dtype))
 
 
 @torch.library.custom_op("pizoo::growing_backward", mutates_args=())
-def growing_backward(gbar: Tensor, A: Tensor, B: Tensor, amult: Tensor, delta: Tensor, count: Tensor) -> Tensor:
-    return ops.growing_backward(gbar, A, B, amult, delta, count)
+def growing_backward(
+    gbar: Tensor, A: Tensor, B: Tensor, amult: Tensor, delta: Tensor, count: Tensor, bmult: Tensor | None
+) -> Tensor:
+    return ops.growing_backward(gbar, A, B, amult, delta, count, bmult)
 
 
 @growing_backward.register_fake
-def _(gbar, A, B, amult, delta, count):
+def _(gbar, A, B, amult, delta, count, bmult):
     return gbar.new_empty(len(gbar), B.shape[1], dtype=accumulate_dtype(A.dtype))
+
+
+@torch.library.custom_op("pizoo::growing_forward_jacobian", mutates_args=())
+def growing_forward_jacobian(
+    gbar: Tensor, A: Tensor, B: Tensor, amult: Tensor, count: Tensor, bmult: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    return ops.growing_forward_jacobian(gbar, A, B, amult, count, bmult)
+
+
+@growing_forward_jacobian.register_fake
+def _(gbar, A, B, amult, count, bmult):
+    b, r_out, r = len(gbar), A.shape[1], B.shape[1]
+    dtype = accumulate_dtype(A.dtype)
+    return gbar.new_empty(b, r_out, dtype=dtype), gbar.new_empty(b, r_out, r, dtype=dtype)
+
+
+@torch.library.custom_op("pizoo::product", mutates_args=())
+def product(x: Tensor, weight: Tensor) -> Tensor:
+    return dense.product(x, weight)
+
+
+@product.register_fake
+def _(x, weight):
+    return x.new_empty(len(x), weight.shape[1], dtype=accumulate_dtype(weight.dtype))

@@ -9,8 +9,8 @@ number of rows in use is read on the device, so that one captured launch serves 
 Columns are cut into pieces whose widths are powers of two (400 = 256 + 128 + 16). Samples stand first and rows or columns
 second in every product: then one copy of a tile of rows, loaded asynchronously, serves both products with it.
 
-Coefficients are rounded to the dtype of the rows before a product with them. They are scaled by powers of two, exactly, so
-that neither tiny multipliers nor tiny rows underflow in half precision.
+Coefficients are rounded to the dtype of the rows (int8 rows become float16, exactly) before a product with them. They are
+scaled by powers of two, exactly, so that neither tiny multipliers nor tiny rows underflow in half precision.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from pizoo.ops import jacobian
 
 
 @triton.jit
@@ -74,9 +76,9 @@ def _rows_in_use(count, M):
 
 
 @triton.jit
-def _load(pointer, i, j, stride: tl.constexpr, rows, columns):
+def _load(pointer, i, j, stride: tl.constexpr, rows, columns, eviction: tl.constexpr):
     """The elements (i, j), zero outside ``rows`` x ``columns``."""
-    return tl.load(pointer + i * stride + j, mask=(i < rows) & (j < columns), other=0.0)
+    return tl.load(pointer + i * stride + j, mask=(i < rows) & (j < columns), other=0.0, eviction_policy=eviction)
 
 
 @triton.jit
@@ -100,24 +102,28 @@ def _load_rows(
     count,
     r: tl.constexpr,
     stride: tl.constexpr,
+    dtype: tl.constexpr,
     ROWS: tl.constexpr,
     STARTS: tl.constexpr,
     WIDTHS: tl.constexpr,
+    eviction: tl.constexpr,
 ):
-    """A block of rows in pieces [ROWS, width], zero beyond ``count``."""
+    """A block of rows in pieces [ROWS, width] of ``dtype``, zero beyond ``count``."""
     pointer += tl.cast(block, tl.int64) * ROWS * stride
     row = tl.arange(0, ROWS)[:, None]
     pieces = ()
     for k in tl.static_range(len(WIDTHS)):
-        pieces += (_load(pointer, row, _columns(STARTS[k], WIDTHS[k])[None, :], stride, count - block * ROWS, r),)
+        column = _columns(STARTS[k], WIDTHS[k])[None, :]
+        tile = _load(pointer, row, column, stride, count - block * ROWS, r, eviction)
+        pieces += (tile.to(dtype),)
     return pieces
 
 
 @triton.jit
-def _load_multipliers(amult, block, count, ROWS: tl.constexpr):
+def _load_multipliers(multipliers, block, count, ROWS: tl.constexpr):
     """Multipliers of a block, loaded by hand one block ahead: tiles take what asynchronous buffers there are."""
     row = tl.cast(block, tl.int64) * ROWS + tl.arange(0, ROWS)
-    return tl.load(amult + row, mask=row < count, other=0.0)
+    return tl.load(multipliers + row, mask=row < count, other=0.0)
 
 
 @triton.jit
@@ -125,7 +131,7 @@ def _load_inputs(pointer, sample, b, r: tl.constexpr, STARTS: tl.constexpr, WIDT
     """Inputs, or gradients at outputs: pieces [samples, width] in float32."""
     pieces = ()
     for k in tl.static_range(len(WIDTHS)):
-        pieces += (_load(pointer, sample[:, None], _columns(STARTS[k], WIDTHS[k])[None, :], r, b, r),)
+        pieces += (_load(pointer, sample[:, None], _columns(STARTS[k], WIDTHS[k])[None, :], r, b, r, ""),)
     return pieces
 
 
@@ -172,6 +178,7 @@ def _forward_kernel(
     A,
     B,
     amult,
+    bmult,
     count,
     partial,
     M,
@@ -180,6 +187,7 @@ def _forward_kernel(
     r_out: tl.constexpr,
     stride_A: tl.constexpr,
     stride_B: tl.constexpr,
+    line: tl.constexpr,
     B_STARTS: tl.constexpr,
     B_WIDTHS: tl.constexpr,
     A_STARTS: tl.constexpr,
@@ -189,27 +197,33 @@ def _forward_kernel(
     STAGES: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """``partial[program]``, [b, r_out]: ``Σ F00(q) amult A`` over this program's rows."""
+    """``partial[program]``, [b, line]: ``Σ F00(q) amult A`` over this program's rows."""
     program, programs = tl.program_id(1), tl.num_programs(1)
     count = _rows_in_use(count, M)
     blocks = tl.cdiv(count, ROWS)
     if program < blocks:
         sample = tl.program_id(0) * BATCH + tl.arange(0, BATCH)
-        dtype: tl.constexpr = A.dtype.element_ty
+        dtype: tl.constexpr = tl.float16 if A.dtype.element_ty == tl.int8 else A.dtype.element_ty
         inputs = _multiply(_load_inputs(gbar, sample, b, r, B_STARTS, B_WIDTHS), 1.0, dtype)
         sums, unit, top = _zeros(BATCH, A_WIDTHS), 1.0, 0.0
         multipliers = _load_multipliers(amult, program, count, ROWS)
+        if bmult is not None:
+            norms = _load_multipliers(bmult, program, count, ROWS)
         for block in tl.range(program, blocks, programs, num_stages=STAGES):
-            B_tiles = _load_rows(B, block, count, r, stride_B, ROWS, B_STARTS, B_WIDTHS)
-            A_tiles = _load_rows(A, block, count, r_out, stride_A, ROWS, A_STARTS, A_WIDTHS)
+            B_tiles = _load_rows(B, block, count, r, stride_B, dtype, ROWS, B_STARTS, B_WIDTHS, "")
+            A_tiles = _load_rows(A, block, count, r_out, stride_A, dtype, ROWS, A_STARTS, A_WIDTHS, "")
             next_multipliers = _load_multipliers(amult, block + programs, count, ROWS)
-            F00, _, _ = _arc_cosine_kernels(_contract(inputs, B_tiles, PRECISION))
+            q = _contract(inputs, B_tiles, PRECISION)
+            if bmult is not None:
+                q *= norms[None, :]
+                norms = _load_multipliers(bmult, block + programs, count, ROWS)
+            F00, _, _ = _arc_cosine_kernels(q)
             unit, inverse, top, factor = _rescale(unit, top, tl.max(tl.abs(multipliers)))
             coefficients = (F00 * (multipliers * inverse)[None, :]).to(dtype)
             sums = _accumulate(sums, factor, coefficients, A_tiles, PRECISION)
             multipliers = next_multipliers
-        partial += program.to(tl.int64) * b * r_out
-        _store(partial, sample, b, r_out, r_out, sums, unit, A_STARTS, A_WIDTHS)
+        partial += program.to(tl.int64) * b * line
+        _store(partial, sample, b, line, r_out, sums, unit, A_STARTS, A_WIDTHS)
 
 
 @triton.jit(do_not_specialize=["M", "b"])
@@ -218,6 +232,7 @@ def _backward_kernel(
     A,
     B,
     amult,
+    bmult,
     delta,
     count,
     partial,
@@ -227,6 +242,7 @@ def _backward_kernel(
     r_out: tl.constexpr,
     stride_A: tl.constexpr,
     stride_B: tl.constexpr,
+    line: tl.constexpr,
     B_STARTS: tl.constexpr,
     B_WIDTHS: tl.constexpr,
     A_STARTS: tl.constexpr,
@@ -236,13 +252,13 @@ def _backward_kernel(
     STAGES: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """``partial[program]``, [b, r + 1]: ``Σ dγ F11(q) B`` over this program's rows; last column: ``Σ dγ F02(q)``."""
+    """``partial[program]``, [b, line]: ``Σ dγ F11(q) B`` over this program's rows; column r: ``Σ dγ F02(q)``."""
     program, programs = tl.program_id(1), tl.num_programs(1)
     count = _rows_in_use(count, M)
     blocks = tl.cdiv(count, ROWS)
     if program < blocks:
         sample = tl.program_id(0) * BATCH + tl.arange(0, BATCH)
-        dtype: tl.constexpr = A.dtype.element_ty
+        dtype: tl.constexpr = tl.float16 if A.dtype.element_ty == tl.int8 else A.dtype.element_ty
         inputs = _multiply(_load_inputs(gbar, sample, b, r, B_STARTS, B_WIDTHS), 1.0, dtype)
         deltas = _load_inputs(delta, sample, b, r_out, A_STARTS, A_WIDTHS)
         largest = tl.max(tl.abs(deltas[0]), 1)
@@ -253,87 +269,34 @@ def _backward_kernel(
         sums, unit, top = _zeros(BATCH, B_WIDTHS), tl.full((BATCH,), 1, tl.float32), tl.zeros((BATCH,), tl.float32)
         along = tl.zeros((BATCH, ROWS), tl.float32)
         multipliers = _load_multipliers(amult, program, count, ROWS)
+        if bmult is not None:
+            norms = _load_multipliers(bmult, program, count, ROWS)
         for block in tl.range(program, blocks, programs, num_stages=STAGES):
-            B_tiles = _load_rows(B, block, count, r, stride_B, ROWS, B_STARTS, B_WIDTHS)
-            A_tiles = _load_rows(A, block, count, r_out, stride_A, ROWS, A_STARTS, A_WIDTHS)
+            B_tiles = _load_rows(B, block, count, r, stride_B, dtype, ROWS, B_STARTS, B_WIDTHS, "")
+            B_again = B_tiles
+            if bmult is not None:
+                # A tile of bytes takes another place in shared memory for each product. Alike, both loads would become one,
+                # which then is not asynchronous; this one comes from the cache.
+                B_again = _load_rows(B, block, count, r, stride_B, dtype, ROWS, B_STARTS, B_WIDTHS, "evict_first")
+            A_tiles = _load_rows(A, block, count, r_out, stride_A, dtype, ROWS, A_STARTS, A_WIDTHS, "")
             next_multipliers = _load_multipliers(amult, block + programs, count, ROWS)
-            _, F11, F02 = _arc_cosine_kernels(_contract(inputs, B_tiles, PRECISION))
+            q = _contract(inputs, B_tiles, PRECISION)
+            if bmult is not None:
+                q *= norms[None, :]
+            _, F11, F02 = _arc_cosine_kernels(q)
             dgamma = _contract(deltas, A_tiles, PRECISION) * multipliers[None, :]
             along += dgamma * F02
             coefficients = dgamma * F11
+            if bmult is not None:
+                coefficients *= norms[None, :]
+                norms = _load_multipliers(bmult, block + programs, count, ROWS)
             unit, inverse, top, factor = _rescale(unit, top, tl.max(tl.abs(coefficients), 1))
             coefficients = (coefficients * inverse[:, None]).to(dtype)
-            sums = _accumulate(sums, factor[:, None], coefficients, B_tiles, PRECISION)
+            sums = _accumulate(sums, factor[:, None], coefficients, B_again, PRECISION)
             multipliers = next_multipliers
-        partial += program.to(tl.int64) * b * (r + 1)
-        _store(partial, sample, b, r + 1, r, sums, (unit * delta_unit)[:, None], B_STARTS, B_WIDTHS)
-        tl.store(partial + sample * (r + 1) + r, tl.sum(along, 1) * delta_unit, mask=sample < b)
-
-
-@triton.jit(do_not_specialize=["M", "b"])
-def _jacobian_kernel(
-    gbar,
-    A,
-    B,
-    amult,
-    count,
-    partial,
-    M,
-    b,
-    r: tl.constexpr,
-    r_out: tl.constexpr,
-    stride_A: tl.constexpr,
-    stride_B: tl.constexpr,
-    B_STARTS: tl.constexpr,
-    B_WIDTHS: tl.constexpr,
-    A_STARTS: tl.constexpr,
-    A_WIDTHS: tl.constexpr,
-    ROWS: tl.constexpr,
-    BATCH: tl.constexpr,
-    STAGES: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """``partial[program]``, [b r_out, r + 2]: ``Σ F11(q) w B``, ``Σ F00(q) w``, ``Σ F02(q) w`` with w = amult A."""
-    program, programs = tl.program_id(1), tl.num_programs(1)
-    count = _rows_in_use(count, M)
-    blocks = tl.cdiv(count, ROWS)
-    if program < blocks:
-        first = tl.program_id(0) * BATCH
-        sample = first + tl.arange(0, BATCH)
-        output = tl.arange(0, 16)
-        dtype: tl.constexpr = A.dtype.element_ty
-        inputs = _multiply(_load_inputs(gbar, sample, b, r, B_STARTS, B_WIDTHS), 1.0, dtype)
-        unit, top = 1.0, 0.0
-        jacobians = ()
-        for o in tl.static_range(len(A_WIDTHS)):
-            jacobians += (_zeros(BATCH * A_WIDTHS[o], B_WIDTHS),)
-        sums = tl.zeros((2 * BATCH, 16), tl.float32)
-        multipliers = _load_multipliers(amult, program, count, ROWS)
-        for block in tl.range(program, blocks, programs, num_stages=STAGES):
-            B_tiles = _load_rows(B, block, count, r, stride_B, ROWS, B_STARTS, B_WIDTHS)
-            A_tiles = _load_rows(A, block, count, r_out, stride_A, ROWS, A_STARTS, A_WIDTHS)
-            (A_tile,) = _load_rows(A, block, count, r_out, stride_A, ROWS, (0,), (16,))
-            next_multipliers = _load_multipliers(amult, block + programs, count, ROWS)
-            F00, F11, F02 = _arc_cosine_kernels(_contract(inputs, B_tiles, PRECISION))
-            weights = A_tile.to(tl.float32) * multipliers[:, None]
-            unit, inverse, top, factor = _rescale(unit, top, tl.max(tl.abs(weights)))
-            both = tl.join(F00, F02).permute(0, 2, 1).reshape(2 * BATCH, ROWS).to(dtype)
-            sums = tl.dot(both, (weights * inverse).to(dtype), sums * factor, input_precision=PRECISION)
-            multipliers *= inverse
-            new = ()
-            for o in tl.static_range(len(A_WIDTHS)):
-                weights = (A_tiles[o].to(tl.float32) * multipliers[:, None]).T
-                products = (F11[:, None, :] * weights[None, :, :]).to(dtype).reshape(BATCH * A_WIDTHS[o], ROWS)
-                new += (_accumulate(jacobians[o], factor, products, B_tiles, PRECISION),)
-            jacobians, multipliers = new, next_multipliers
-        partial += program.to(tl.int64) * b * r_out * (r + 2)
-        for o in tl.static_range(len(A_WIDTHS)):
-            n = tl.arange(0, BATCH * A_WIDTHS[o])
-            pair = (first + n // A_WIDTHS[o]) * r_out + A_STARTS[o] + n % A_WIDTHS[o]
-            _store(partial, pair, b * r_out, r + 2, r, jacobians[o], unit, B_STARTS, B_WIDTHS)
-        n = tl.arange(0, 2 * BATCH)[:, None]
-        pointer = partial + ((first + n // 2) * r_out + output[None, :]) * (r + 2) + r + n % 2
-        tl.store(pointer, sums * unit, mask=(first + n // 2 < b) & (output < r_out)[None, :])
+        partial += program.to(tl.int64) * b * line
+        _store(partial, sample, b, line, r, sums, (unit * delta_unit)[:, None], B_STARTS, B_WIDTHS)
+        tl.store(partial + sample * line + r, tl.sum(along, 1) * delta_unit, mask=sample < b)
 
 
 @triton.jit(do_not_specialize=["M", "programs", "length"])
@@ -341,11 +304,13 @@ def _reduce_kernel(
     partial,
     gbar,
     out,
+    beside,
     count,
     M,
     programs,
     length,
     columns: tl.constexpr,
+    line: tl.constexpr,
     r: tl.constexpr,
     group: tl.constexpr,
     ALONG: tl.constexpr,
@@ -353,53 +318,72 @@ def _reduce_kernel(
     PROGRAMS: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    """``out [length, columns]``: partial sums [programs, length, columns (+ 1)] added in a fixed order.
+    """``out [length, columns]``: partial sums [programs, length, line] added in a fixed order.
 
-    With ``ALONG`` the last column of the sums multiplies gbar and is added to the first r columns.
+    With ``beside`` the column after those goes there, [length]. With ``ALONG`` the column after that multiplies gbar and is
+    added to the first r columns.
     """
     i = tl.program_id(0)
     column = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
     program = tl.arange(0, PROGRAMS)
     active = tl.minimum(programs, tl.cdiv(_rows_in_use(count, M), ROWS))
-    pointer = partial + (program.to(tl.int64) * length + i) * (columns + ALONG)
+    BESIDE: tl.constexpr = beside is not None
+    pointer = partial + (program.to(tl.int64) * length + i) * line
     mask = program < active
-    terms = tl.load(pointer[:, None] + column[None, :], mask=mask[:, None] & (column < columns)[None, :], other=0.0)
+    there = column < columns + BESIDE
+    terms = tl.load(pointer[:, None] + column[None, :], mask=mask[:, None] & there[None, :], other=0.0)
     total = tl.sum(terms, 0)
     if ALONG:
-        along = tl.sum(tl.load(pointer + columns, mask=mask, other=0.0), 0)
+        along = tl.sum(tl.load(pointer + columns + BESIDE, mask=mask, other=0.0), 0)
         total += along * tl.load(gbar + (i // group) * r + column, mask=column < r, other=0.0)
     tl.store(out + i * columns + column, total, mask=column < columns)
+    if BESIDE:
+        tl.store(beside + i + column - columns, total, mask=column == columns)
 
 
 class Launch(NamedTuple):
-    """How an op is cut: rows a block, samples a tile, warps a program, stages of its loads, narrowest piece."""
+    """How an op is cut: rows a block, samples a tile, warps a program, stages of its loads."""
 
     rows: int
     batch: int
     warps: int
     stages: int
-    narrowest: int = 16
 
 
-def growing_forward(gbar: Tensor, A: Tensor, B: Tensor, amult: Tensor, count: Tensor | None = None) -> Tensor:
+def growing_forward(
+    gbar: Tensor, A: Tensor, B: Tensor, amult: Tensor, count: Tensor | None = None, bmult: Tensor | None = None
+) -> Tensor:
     """``F00(q) (amult A)``, [b, r_out] float32; see :func:`pizoo.ops.reference.growing_forward`."""
-    return _run(_forward_kernel, gbar, A, B, amult, count)
+    return _run(_forward_kernel, gbar, A, B, amult, bmult, count)
 
 
 def growing_backward(
-    gbar: Tensor, A: Tensor, B: Tensor, amult: Tensor, delta: Tensor, count: Tensor | None = None
+    gbar: Tensor,
+    A: Tensor,
+    B: Tensor,
+    amult: Tensor,
+    delta: Tensor,
+    count: Tensor | None = None,
+    bmult: Tensor | None = None,
 ) -> Tensor:
     """The gradient with respect to g, [b, r] float32; see :func:`pizoo.ops.reference.growing_backward`."""
-    return _run(_backward_kernel, gbar, A, B, amult, count, delta.to(torch.float32).contiguous())
+    return _run(_backward_kernel, gbar, A, B, amult, bmult, count, delta.to(torch.float32).contiguous())
 
 
 def growing_forward_jacobian(
-    gbar: Tensor, A: Tensor, B: Tensor, amult: Tensor, count: Tensor | None = None
+    gbar: Tensor, A: Tensor, B: Tensor, amult: Tensor, count: Tensor | None = None, bmult: None = None
 ) -> tuple[Tensor, Tensor]:
-    """Output and Jacobian in one pass, float32; see :func:`pizoo.ops.reference.growing_forward_jacobian`."""
-    (b, r), r_out = gbar.shape, A.shape[1]
-    both = _run(_jacobian_kernel, gbar, A, B, amult, count).view(b, r_out, r + 1)
-    return both[:, :, r], both[:, :, :r]
+    """Output and Jacobian in one pass, float32; see :func:`pizoo.ops.reference.growing_forward_jacobian`.
+
+    Not for int8 rows.
+    """
+    (b, r), (M, r_out) = gbar.shape, A.shape
+    gbar, amult = gbar.to(torch.float32).contiguous(), amult.to(torch.float32).contiguous()
+    with torch.cuda.device_of(A):
+        partial = jacobian.partial_sums(gbar, A, B, amult, count)
+        out, gradients = gbar.new_empty(b, r_out), gbar.new_empty(b, r_out, r)
+        add_up(partial, gradients, count, M, jacobian.ROWS, gbar, out)
+    return out, gradients
 
 
 def unavailable(device: torch.device) -> str | None:
@@ -414,71 +398,98 @@ def unavailable(device: torch.device) -> str | None:
 def supports(op: str, gbar: Tensor, A: Tensor) -> bool:
     """Whether the kernels cover these dtypes and shapes; sums of wider layers would not fit registers."""
     r, r_out = gbar.shape[1], A.shape[1]
-    fits = (r <= 512 and r_out <= 16) if op == "growing_forward_jacobian" else (r <= 1024 and r_out <= 1024)
-    return fits and len(gbar) > 0 and A.dtype in (torch.float16, torch.bfloat16, torch.float32)
+    if op == "growing_forward_jacobian":
+        return len(gbar) > 0 and A.is_cuda and jacobian.supports(r, r_out, A.dtype, A.device)
+    fits = r <= 1024 and r_out <= 1024
+    return fits and len(gbar) > 0 and A.dtype in (torch.int8, torch.float16, torch.bfloat16, torch.float32)
 
 
-def _run(kernel, gbar: Tensor, A: Tensor, B: Tensor, amult: Tensor, count: Tensor | None, *delta: Tensor) -> Tensor:
+def _run(kernel, gbar: Tensor, A: Tensor, *others: Tensor | None) -> Tensor:
     """Launch ``kernel`` on the device of the rows and add up its partial sums."""
     with torch.cuda.device_of(A):
-        return _run_on_current_device(kernel, gbar, A, B, amult, count, *delta)
+        return _run_on_current_device(kernel, gbar, A, *others)
 
 
-def _run_on_current_device(kernel, gbar, A, B, amult, count, *delta) -> Tensor:
-    """The layer's output [b, r_out], the gradient [b, r], or Jacobian with output as last column [b r_out, r + 1]."""
+def _run_on_current_device(kernel, gbar, A, B, amult, bmult, count, *delta) -> Tensor:
+    """The layer's output [b, r_out] or the gradient [b, r]."""
     (b, r), (M, r_out) = gbar.shape, A.shape
     gbar, amult = gbar.to(torch.float32).contiguous(), amult.to(torch.float32).contiguous()
     A, B = (rows if rows.stride(1) == 1 else rows.contiguous() for rows in (A, B))
     launch = _choose_launch(kernel, b, r, r_out, A.element_size(), A.device)
-    B_pieces, A_pieces = (_pieces(n, launch.narrowest, 256) for n in (r, r_out))
-    length, columns, along, group = b, r, True, 1
-    if kernel is _forward_kernel:
-        columns, along = r_out, False
-    elif kernel is _jacobian_kernel:
-        length, columns, group, A_pieces = b * r_out, r + 1, r_out, _pieces(r_out, 1, 2)
+    out = gbar.new_empty(b, r if delta else r_out)
+    line = padded(out.shape[1] + len(delta))
     strides, cut = (A.stride(0), B.stride(0)), (launch.rows, launch.batch, launch.stages)
-    constants = (r, r_out, *strides, *B_pieces, *A_pieces, *cut, "tf32x3" if A.dtype == torch.float32 else "ieee")
+    pieces = (*_pieces(r), *_pieces(r_out))
+    constants = (r, r_out, *strides, line, *pieces, *cut, "tf32x3" if A.dtype == torch.float32 else "ieee")
 
     tiles = triton.cdiv(b, launch.batch)
-    start = functools.partial(kernel.warmup, gbar, A, B, amult, *delta, count, gbar, M, b, *constants, grid=(1,))
+    rows = (A, B, amult, bmult)
+    start = functools.partial(kernel.warmup, gbar, *rows, *delta, count, gbar, M, b, *constants, grid=(1,))
     programs = max(1, _resident(start, launch.warps, (kernel, A.dtype, count is None, constants), A.device) // tiles)
-    partial, out = gbar.new_empty(programs, length, columns + along), gbar.new_empty(length, columns)
-    width = 32
-    kernel[(tiles, programs)](gbar, A, B, amult, *delta, count, partial, M, b, *constants, num_warps=launch.warps)
-    _reduce_kernel[(length, triton.cdiv(columns, width))](
-        *(partial, gbar, out, count, M, programs, length),
-        *(columns, r, group, along, launch.rows, triton.next_power_of_2(programs), width),
+    partial = gbar.new_empty(programs, b, line)
+    kernel[(tiles, programs)](gbar, *rows, *delta, count, partial, M, b, *constants, num_warps=launch.warps)
+    add_up(partial, out, count, M, launch.rows, gbar if delta else None)
+    return out
+
+
+def add_up(
+    partial: Tensor,
+    out: Tensor,
+    count: Tensor | None,
+    M: int,
+    rows: int,
+    gbar: Tensor | None = None,
+    beside: Tensor | None = None,
+) -> None:
+    """Add up the shares of the programs that had a block of ``rows`` rows of M, or of ``count``, in a fixed order.
+
+    Args:
+        partial: float32 [programs, ..., line].
+        out: [..., columns].
+        gbar: [b, r]; times the column after all others, it is added to the first r columns.
+        beside: where the column after those of ``out`` goes [...].
+    """
+    programs, columns, width = len(partial), out.shape[-1], 32
+    length = out.numel() // columns
+    r, group = (1, 1) if gbar is None else (gbar.shape[1], length // len(gbar))
+    _reduce_kernel[(length, triton.cdiv(columns + (beside is not None), width))](
+        *(partial, gbar, out, beside, count, M, programs, length, columns, partial.shape[-1]),
+        *(r, group, gbar is not None, rows, triton.next_power_of_2(programs), width),
         num_warps=8,
     )
-    return out
+
+
+def padded(columns: int) -> int:
+    """Columns of a line of partial sums: lines that start at multiples of 16 bytes are read in fewer loads."""
+    return -(-columns // 4) * 4
 
 
 def _choose_launch(kernel, b: int, r: int, r_out: int, itemsize: int, device: torch.device) -> Launch:
     """The first that fits shared memory of the launches that were fastest at r = 400 on an H200."""
-    if kernel is _jacobian_kernel:
-        launches = [Launch(rows, 8, 8, 3, narrowest=32) for rows in (64, 32, 16)]
-    else:
-        launches = [Launch(32, 8, 4, 3), Launch(32, 8, 4, 2), Launch(16, 8, 4, 3), Launch(16, 8, 4, 2)]
-        if b > 32 and itemsize == 2 and r <= 512 and r_out <= 512:
-            wide = [Launch(32, 128, 8, 2)] if b > 64 and kernel is _forward_kernel else []
-            launches = [*wide, Launch(32, 64, 8, 3), Launch(32, 64, 8, 2), *launches]
+    launches = [Launch(32, 8, 4, 3), Launch(32, 8, 4, 2), Launch(16, 8, 4, 3), Launch(16, 8, 4, 2)]
+    if b > 32 and itemsize <= 2 and r <= 512 and r_out <= 512:
+        wide = [Launch(32, 128, 8, 2)] if b > 64 and kernel is _forward_kernel else []
+        launches = [*wide, Launch(32, 64, 8, 3), Launch(32, 64, 8, 2), *launches]
     available = _properties(device).shared_memory_per_block_optin if device.type == "cuda" else 1 << 17
     for launch in launches:
         buffers = launch.stages - (launch.batch < 64)
         inputs = r + r_out if kernel is _backward_kernel else r
-        used = itemsize * (launch.batch * inputs + buffers * launch.rows * (r + r_out))
+        used = max(itemsize, 2) * launch.batch * inputs + itemsize * buffers * launch.rows * (r + r_out)
+        if itemsize == 1:  # int8: B loaded again, and float16 tiles where products of many samples find them
+            used += buffers * launch.rows * r if kernel is _backward_kernel else 0
+            used += 2 * launch.rows * inputs if launch.batch >= 64 else 0
         # Programs of few samples wait more than they compute: two of them must fit.
-        if used <= (available if launch.batch >= 64 or kernel is _jacobian_kernel else available // 2 - 1024):
+        if used <= (available if launch.batch >= 64 else available // 2 - 1024):
             break
     return launch
 
 
-def _pieces(n: int, narrowest: int, widest: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Cut n columns into pieces that cover them: their first columns and their widths, powers of two."""
-    starts, widths, left = [], [], -(-n // narrowest) * narrowest
+def _pieces(n: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Cut n columns into pieces that cover them: their first columns and their widths, powers of two from 16 to 256."""
+    starts, widths, left = [], [], -(-n // 16) * 16
     while left:
         starts.append(sum(widths))
-        widths.append(min(widest, 1 << (left.bit_length() - 1)))
+        widths.append(min(256, 1 << (left.bit_length() - 1)))
         left -= widths[-1]
     return tuple(starts), tuple(widths)
 

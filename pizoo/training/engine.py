@@ -6,28 +6,34 @@ nothing in an epoch waits for the host. A step whose loss or gradient is not fin
 it; the host learns of it at the end of the epoch.
 
 The gradient of a weight over a batch is ``deltaᵀ inputs``, of rank b. It is never formed: its norm is
-``<delta deltaᵀ, inputs inputsᵀ>``, and the update is one matrix product into the weight.
+``<delta deltaᵀ, inputs inputsᵀ>``, and the update is one pass over the weight (:mod:`pizoo.ops.dense`).
 """
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from pizoo import ops
 from pizoo.functional import unit
 from pizoo.models import InfPiMLP, PiNet
 from pizoo.nn import InfPiLinear
-from pizoo.ops import library as ops
+from pizoo.ops import dense, library
 from pizoo.ops.append import append_fused, append_reference
+from pizoo.ops.reference import accumulate_dtype
 from pizoo.optim import FOLD_DECAY_BELOW, PiSGD
 from pizoo.recipes import Train
-from pizoo.rows import row_scale, rows_norm
+from pizoo.rows import directed, product_norm_of_grams, rows_norm_of_grams, scaled
 
 WARM_UP_STEPS = 3
+# A finite net trains for as long as the compiler thinks. Small kernels of a step gain nothing from what these look for.
+COMPILE_OPTIONS = {"pattern_matcher": False, "triton.autotune_pointwise": False}
 SMALLEST_DECAY = 1e-25  # within an epoch: beyond it amult / decay would leave float32
 
 
@@ -36,8 +42,9 @@ class GrowingState:
 
     def __init__(self, layer: InfPiLinear):
         self.layer = layer
-        self.storages = self.A, self.B, self.amult = layer.storages
-        device = self.A.device
+        self.storages = layer.storages
+        self.rows, (self.bmult,) = self.storages[:3], self.storages[3:] or (None,)
+        self.dtype, device = layer.A.dtype, layer.device
         self.count = torch.tensor([layer.count], device=device)
         self.decay = torch.tensor([layer.decay], dtype=torch.float64, device=device)
 
@@ -54,27 +61,41 @@ class Gradient:
     """The gradient of a weight over a batch, ``deltaᵀ inputs``, as its factors, and of the bias beside it.
 
     Attributes:
-        role: "input", "hidden" or "readout".
+        module: the layer.
         inputs: what entered the layer [b, n_in]; for a growing layer its unit inputs.
-        delta: gradient at the layer's output before alpha and bias [b, n_out]; for a growing layer times s: its new rows.
-        grows: whether the norm is that of rows.
-        bias: gradient of the bias [n_out], None without one.
+        delta: gradient at the layer's output before alpha and bias [b, n_out].
+        scale: what delta is multiplied by to make new rows [b, 1]; None for a layer that does not grow.
     """
 
-    role: str
+    module: nn.Module
     inputs: Tensor
     delta: Tensor
-    grows: bool
-    bias: Tensor | None
+    scale: Tensor | None
 
-    def norms(self) -> list[Tensor]:
-        """Of the weight and, if there is one, the bias, 0-d each, as :func:`pizoo.optim.grad_norm`."""
-        if self.grows:
-            weight = rows_norm(self.delta, self.inputs)
-        else:
-            inputs, delta = (t.to(torch.promote_types(t.dtype, torch.float32)) for t in (self.inputs, self.delta))
-            weight = (_gram(inputs) * _gram(delta)).sum().clamp(min=0).sqrt()
-        return [weight] if self.bias is None else [weight, torch.linalg.vector_norm(self.bias, dtype=weight.dtype)]
+    def bias(self) -> Tensor:
+        """Gradient of the bias [n_out]."""
+        return self.module.bias_alpha * self.delta.sum(0)
+
+
+def grad_norms(gradients: list[Gradient]) -> list[list[Tensor]]:
+    """Of each weight and, if there is one, bias, 0-d, as :func:`pizoo.optim.grad_norm`.
+
+    All from inner products of samples: few small kernels, whatever the number of layers.
+    """
+    norms: dict[int, list[Tensor]] = {}
+    for grows, norm in ((False, product_norm_of_grams), (True, rows_norm_of_grams)):
+        group = [gradient for gradient in gradients if (gradient.scale is not None) == grows]
+        if not group:
+            continue
+        deltas, inputs = (
+            torch.stack([_gram(t) for t in ts]) for ts in zip(*((g.delta, g.inputs) for g in group), strict=True)
+        )
+        scales = torch.stack([g.scale * g.scale.T for g in group]) if grows else 1
+        weights, biases = norm(deltas * scales, inputs), deltas.sum((1, 2)).clamp(min=0).sqrt()
+        for gradient, weight, bias in zip(group, weights, biases, strict=True):
+            module = gradient.module
+            norms[id(gradient)] = [weight] if module.bias is None else [weight, abs(module.bias_alpha) * bias]
+    return [norms[id(gradient)] for gradient in gradients]
 
 
 class Engine:
@@ -93,25 +114,44 @@ class Engine:
     """
 
     def __init__(self, model: PiNet, optimizer: PiSGD, settings: Train, x: Tensor, y: Tensor, lr_factors: Tensor):
-        if reason := unsupported(settings, math.ceil(len(x) / settings.batch_size), grows=isinstance(model, InfPiMLP)):
+        steps = math.ceil(len(x) / settings.batch_size)
+        if reason := unsupported(settings, steps, grows=isinstance(model, InfPiMLP)):
             raise ValueError(f"the engine cannot train this: {reason}")
-        self.model, self.settings = model, settings
-        self.groups = {group["role"]: group for group in optimizer.param_groups}
-        device = x.device
         self.x, self.y = x.flatten(1), y
-        self.lr_factors = lr_factors.to(device, torch.float64)
-        self.order = torch.arange(len(x), device=device)
-        exact = torch.promote_types(x.dtype, torch.float32)
-        self.losses = torch.zeros(math.ceil(len(x) / settings.batch_size), dtype=exact, device=device)
+        self.order = torch.arange(len(x), device=x.device)
+        self.told = torch.zeros(steps, 1, dtype=accumulate_dtype(x.dtype), device=x.device)
+        self._prepare(model, optimizer, settings, model.all_layers, lr_factors.to(x.device))
+
+    def _prepare(
+        self, model: PiNet, optimizer: PiSGD, settings: Train, layers: list[nn.Module], lr_factors: Tensor
+    ) -> None:
+        """What every engine has, beside ``told`` [steps, k], what the host learns of each step.
+
+        Args:
+            layers: those it trains, from the input on.
+        """
+        self.model, self.settings, self.layers = model, settings, layers
+        self.groups = {group["role"]: group for group in optimizer.param_groups}
+        self.lr_factors, device = lr_factors.to(torch.float64), lr_factors.device
         # One-element vectors: compiling for a CPU, torch may take 0-d tensors for numbers and lose what is written to them.
         self.position = torch.zeros(1, dtype=torch.int64, device=device)  # in the epoch, in samples
         self.step = torch.zeros(1, dtype=torch.int64, device=device)  # of the whole training
         self.finite = torch.ones(1, dtype=torch.bool, device=device)
-        self.growing = [GrowingState(m) for m in model.modules() if isinstance(m, InfPiLinear)]
-        on_gpu = device.type == "cuda"
-        self._compute = compiled(self._compute_step) if on_gpu else self._compute_step
-        self._append = append_fused if on_gpu else append_reference
+        self.growing = [GrowingState(layer) for layer in layers if isinstance(layer, InfPiLinear)]
+        self.weights = [model.input.A.data] if self.growing else [layer.weight.data for layer in layers]
+        self._on_gpu = device.type == "cuda"
+        self._compute = compiled(self._compute_step) if self._on_gpu else self._compute_step
+        self._append = append_fused if self._on_gpu else append_reference
+        self._one_pass = (
+            self.growing and layers[-1].role == "readout" and (not self._on_gpu or self._readout_in_one_pass())
+        )
+        self._side = torch.cuda.Stream(device) if self._on_gpu else None
         self._steps: dict[int, Callable[[], None]] = {}
+
+    def _readout_in_one_pass(self) -> bool:
+        """Whether the read-out's Jacobian comes with its output, so that the backward pass reads no row of it again."""
+        A, B, *_ = self.growing[-1].storages
+        return ops.fused(B.new_empty(self.settings.batch_size, B.shape[1]), A, "growing_forward_jacobian")
 
     # ------------------------------------------------------------------ epochs
 
@@ -133,13 +173,13 @@ class Engine:
             rest()
         for state in self.growing:
             state.sync()
-        return self.losses.tolist()
+        return self.told[:, 0].tolist()
 
     @torch.no_grad()
     def _step_of(self, size: int) -> Callable[[], None]:
         """A step with batches of ``size``: on a GPU the replay of its graph, captured when first asked for."""
-        if size not in self._steps and self.x.is_cuda:
-            with torch.cuda.device(self.x.device):
+        if size not in self._steps and self._on_gpu:
+            with torch.cuda.device(self.step.device):
                 self._steps[size] = self._capture(size)
         return self._steps.setdefault(size, lambda: self._take_step(size))
 
@@ -162,7 +202,7 @@ class Engine:
 
     def _mutable(self) -> Iterator[Tensor]:
         """Everything a step changes, but rows."""
-        yield from (self.position, self.step, self.finite, self.losses)
+        yield from (self.position, self.step, self.finite, self.told)
         for state in self.growing:
             yield from (state.count, state.decay)
         rows = {id(p) for state in self.growing for p in (state.layer.A, state.layer.B)}
@@ -171,26 +211,63 @@ class Engine:
     # ------------------------------------------------------------------ one step
 
     def _take_step(self, size: int) -> None:
-        new_rows = self._compute(size)
-        for state, (first, *rows) in zip(self.growing, new_rows, strict=True):
-            self._append(rows, state.storages, first)
+        new_rows, steps = self._compute(size)
+        with self._beside():
+            for state, (first, *rows) in zip(self.growing, new_rows, strict=True):
+                self._append(rows, state.storages, first)
+        for weight, step in zip(self.weights, steps, strict=True):
+            dense.step(weight, *step, self.finite)
+        self._join()
 
-    def _compute_step(self, size: int) -> list[tuple[Tensor, Tensor, Tensor, Tensor]]:
-        """All of a step but appending; returns what to append, one (first row, A, B, amult) a growing layer."""
-        batch = self.order[self.position + torch.arange(size, device=self.order.device)]
-        x, y = self.x[batch], self.y[batch]
+    @contextmanager
+    def _beside(self) -> Iterator[None]:
+        """On a GPU, what is launched within this context may run beside what follows it, until :meth:`_join`."""
+        if self._side is None:
+            yield
+            return
+        self._side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._side):
+            yield
+
+    def _join(self) -> None:
+        if self._side is not None:
+            torch.cuda.current_stream().wait_stream(self._side)
+
+    def _compute_step(self, size: int) -> tuple[list[tuple[Tensor, ...]], list[tuple[Tensor, ...]]]:
+        """All of a step but writing rows and weights.
+
+        Returns:
+            what to append, one (first row, A, B, amult) a growing layer, and how to step each of ``self.weights``: (left,
+            right, kept, factor), as :func:`pizoo.ops.dense.step` takes them.
+        """
         lr_factor = self.lr_factors[self.step].squeeze(0)
-        loss, gradients = (self._infinite_net if self.growing else self._finite_net)(x, y)
+        loss, told, gradients = self._gradients(size)
         factors, norms = self._clip(gradients, lr_factor)
-        self.finite.logical_and_(torch.stack([loss, *norms]).isfinite().all())
+        self.finite.logical_and_(functools.reduce(torch.logical_and, [t.isfinite() for t in (loss, *norms)]))
         lr = self.settings.lr * lr_factor
-        new_rows = self._update(gradients, factors, lr)
+        updates = self._update(gradients, factors, lr)
         # A gradient that is not finite shows as a loss that is not, so that the host knows the step.
-        told = torch.where(self.finite | ~loss.isfinite(), loss, math.nan)
-        self.losses.index_copy_(0, self.position // self.settings.batch_size, told)
+        told = torch.where(self.finite | ~loss.isfinite(), told, math.nan)
+        self.told.index_copy_(0, self.position // self.settings.batch_size, told[None].to(self.told.dtype))
         self.position.add_(size)
         self.step.add_(1)
-        return new_rows
+        return updates
+
+    def _gradients(self, size: int) -> tuple[Tensor, Tensor, list[Gradient]]:
+        """Loss of the next ``size`` samples (0-d), what the host is told of it [k], gradients of the layers in their order."""
+        batch = self.order[self.position + torch.arange(size, device=self.order.device)]
+        x, y = self.x[batch], self.y[batch]
+        logits, entered = self._forward(x)
+        loss, delta = self._loss(logits, y)
+        return loss, loss[None], self._backward(x, delta, entered)
+
+    def _forward(self, x: Tensor) -> tuple[Tensor, list[tuple]]:
+        """Output of the layers trained, and what the backward pass needs."""
+        return (self._infinite_forward if self.growing else self._finite_forward)(x)
+
+    def _backward(self, x: Tensor, delta: Tensor, entered: list[tuple]) -> list[Gradient]:
+        """Gradients of all layers from that at their output."""
+        return (self._infinite_backward if self.growing else self._finite_backward)(x, delta, entered)
 
     def _loss(self, logits: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         """Loss (0-d) and its gradient at the logits [b, classes], in at least float32."""
@@ -199,54 +276,67 @@ class Engine:
         if self.settings.loss == "mse":
             return nn.functional.mse_loss(logits, target), 2 * (logits - target) / logits.numel()
         log_p = logits.log_softmax(1)
-        return -(log_p * target).sum(1).mean(), (log_p.exp() - target) / len(y)
+        return -(log_p * target).sum() / len(y), (log_p.exp() - target) / len(y)
 
-    def _infinite_net(self, x: Tensor, y: Tensor) -> tuple[Tensor, list[Gradient]]:
+    def _infinite_forward(self, x: Tensor) -> tuple[Tensor, list[tuple]]:
         net: InfPiMLP = self.model
-        g = net.input.alpha * _biased(x @ net.input.A, net.input)
+        g = net.input.alpha * _biased(library.product(x, net.input.A), net.input)
         entered = []
         for state in self.growing:
             layer, (gbar, s) = state.layer, unit(g)
             scale = state.decay if layer.layernorm else s * state.decay
-            out = ops.growing_forward(gbar, *state.storages, state.count)
-            entered.append((gbar, s))
+            if self._one_pass and state is self.growing[-1]:
+                out, jacobian = library.growing_forward_jacobian(gbar, *state.rows, state.count, state.bmult)
+            else:
+                out, jacobian = library.growing_forward(gbar, *state.rows, state.count, state.bmult), None
+            entered.append((gbar, s, jacobian))
             g = layer.alpha * _biased((out * scale).to(g.dtype), layer)
-        loss, dg = self._loss(g, y)
+        return g, entered
+
+    def _infinite_backward(self, x: Tensor, dg: Tensor, entered: list[tuple]) -> list[Gradient]:
+        net: InfPiMLP = self.model
         gradients = []
-        for state, (gbar, s) in zip(reversed(self.growing), reversed(entered), strict=True):
-            layer, delta = state.layer, (state.layer.alpha * dg).to(gbar.dtype)
-            new_rows = delta if layer.layernorm else delta * s
-            gradients.append(Gradient(layer.role, gbar, new_rows, True, _bias_gradient(layer, delta)))
-            dg = ops.growing_backward(gbar, *state.storages, delta * state.decay, state.count)
+        for state, (gbar, s, jacobian) in zip(reversed(self.growing), reversed(entered), strict=True):
+            layer, delta = state.layer, _times(state.layer.alpha, dg).to(gbar.dtype)
+            gradients.append(Gradient(layer, gbar, delta, torch.ones_like(s) if layer.layernorm else s))
+            decayed = delta * state.decay
+            if jacobian is not None:
+                dg = (decayed.to(jacobian.dtype)[:, :, None] * jacobian).sum(1)
+            else:
+                dg = library.growing_backward(gbar, *state.rows, decayed.to(delta.dtype), state.count, state.bmult)
             if layer.layernorm:
                 dg = dg - (dg * gbar).sum(1, keepdim=True) * gbar
                 dg = dg / torch.where(s > 0, s, torch.ones_like(s))
-        delta = net.input.alpha * dg.to(x.dtype)
-        gradients.append(Gradient("input", x, delta, False, _bias_gradient(net.input, delta)))
-        return loss, gradients[::-1]
+        gradients.append(Gradient(net.input, x, _times(net.input.alpha, dg.to(x.dtype)), None))
+        return gradients[::-1]
 
-    def _finite_net(self, x: Tensor, y: Tensor) -> tuple[Tensor, list[Gradient]]:
-        layers, entered, h = self.model.layers, [], x
-        for layer in layers:
-            entered.append(h)
-            h = layer.alpha * _biased(h @ layer.weight.T, layer)
-            if layer is not layers[-1]:
-                h = torch.relu(h)
-        loss, delta = self._loss(h, y)
+    def _finite_forward(self, x: Tensor) -> tuple[Tensor, list[tuple]]:
+        entered, h = [], x
+        for layer in self.layers:
+            last = layer.role == "readout"  # few columns, at which matrix products made for many are slow
+            z = library.product(h, layer.weight.T) if last else h @ layer.weight.T
+            out = layer.alpha * _biased(z, layer)
+            out = out if last else torch.relu(out)
+            entered.append((h, out))
+            h = out
+        return h, entered
+
+    def _finite_backward(self, x: Tensor, delta: Tensor, entered: list[tuple]) -> list[Gradient]:
         gradients = []
-        for l in reversed(range(len(layers))):
-            layer = layers[l]
-            delta = (layer.alpha * delta).to(x.dtype)
-            basis = self.model.basis(l) if l < len(layers) - 1 else None
+        for l, (layer, (h, out)) in reversed(list(enumerate(zip(self.layers, entered, strict=True)))):
+            if layer.role != "readout":
+                delta = delta * (out > 0)
+            delta = _times(layer.alpha, delta).to(x.dtype)
+            basis = self.model.basis(l)
             projected = delta if basis is None else (delta @ basis) @ basis.T
-            gradients.append(Gradient(layer.role, entered[l], projected, False, _bias_gradient(layer, projected)))
+            gradients.append(Gradient(layer, h, projected, None))
             if l:
-                delta = (delta @ layer.weight) * (entered[l] > 0)
-        return loss, gradients[::-1]
+                delta = delta @ layer.weight
+        return gradients[::-1]
 
     def _clip(self, gradients: list[Gradient], lr_factor: Tensor) -> tuple[list[list[Tensor]], list[Tensor]]:
         """What each gradient (weight, bias) is multiplied by, and all norms, flat."""
-        norms = [gradient.norms() for gradient in gradients]
+        norms = grad_norms(gradients)
         flat = [norm for pair in norms for norm in pair]
         clip = self.settings.clip
         if clip.max_norm is None:
@@ -259,41 +349,36 @@ class Engine:
 
     def _update(
         self, gradients: list[Gradient], factors: list[list[Tensor]], lr: Tensor
-    ) -> list[tuple[Tensor, Tensor, Tensor, Tensor]]:
-        """Move weights and biases, decay growing layers, and make the rows to append.
+    ) -> tuple[list[tuple[Tensor, ...]], list[tuple[Tensor, ...]]]:
+        """Move biases and decay growing layers; make the rows to append and the steps of weights.
 
         Rows of a step that is not finite are written too, but not counted: nothing reads them.
         """
-        new_rows = []
+        new_rows, steps = [], []
         growing = iter(self.growing)
-        modules = [self.model.input, *(s.layer for s in self.growing)] if self.growing else list(self.model.layers)
-        for module, gradient, (factor, *bias_factor) in zip(modules, gradients, factors, strict=True):
-            group = self.groups[gradient.role]
+        for gradient, (factor, *bias_factor) in zip(gradients, factors, strict=True):
+            module = gradient.module
+            group = self.groups[module.role]
             step, kept = lr * group["lr_mult"], 1 - lr * group["weight_decay"] * group["weight_decay_mult"]
-            if gradient.grows:
+            if gradient.scale is not None:
                 state = next(growing)
                 decay = state.decay * torch.where(self.finite, kept, 1.0)
                 state.decay.copy_(decay)
-                A = gradient.delta * factor
-                scale = row_scale(A) if state.A.dtype.itemsize < 4 else torch.ones_like(A[:, 0])
+                A, scale = scaled(gradient.delta * gradient.scale * factor, state.dtype)
+                B, *bmult = directed(gradient.inputs, state.dtype)
                 amult = scale * (-step / decay).to(scale.dtype)
-                new_rows.append((state.count.clone(), A / scale[:, None], gradient.inputs, amult))
+                new_rows.append((state.count.clone(), A, B, amult, *bmult))
                 state.count.add_(self.finite * len(A))
             else:
-                scaled = gradient.delta * (step * factor)
-                if self.growing:
-                    weight, change = module.A, gradient.inputs.T @ scaled
-                else:
-                    weight, change = module.weight, scaled.T @ gradient.inputs
-                self._move(weight, kept, change)
+                pair = (gradient.inputs, gradient.delta)
+                exact = accumulate_dtype(gradient.delta.dtype)
+                steps.append((*(pair if self.growing else reversed(pair)), kept.to(exact), (step * factor).to(exact)))
             if bias_factor:
                 group = self.groups["bias"]
                 kept = 1 - lr * group["weight_decay"] * group["weight_decay_mult"]
-                self._move(module.bias, kept, gradient.bias * (lr * group["lr_mult"] * bias_factor[0]))
-        return new_rows
-
-    def _move(self, param: Tensor, kept: Tensor, change: Tensor) -> None:
-        param.copy_(torch.where(self.finite, param * kept - change, param))
+                change = gradient.bias() * (lr * group["lr_mult"] * bias_factor[0])
+                module.bias.copy_(torch.where(self.finite, module.bias * kept - change, module.bias))
+        return new_rows, steps
 
 
 def compiled(step: Callable) -> Callable:
@@ -303,16 +388,16 @@ def compiled(step: Callable) -> Callable:
     earlier keep their kernels.
     """
     torch.compiler.reset()
-    return torch.compile(step, fullgraph=True, dynamic=False)
+    return torch.compile(step, fullgraph=True, dynamic=False, options=COMPILE_OPTIONS)
 
 
-def unsupported(settings: Train, steps_per_epoch: int, grows: bool) -> str | None:
+def unsupported(settings: Train, steps_per_epoch: int, grows: bool, trains_readout: bool = True) -> str | None:
     """Why the engine cannot train with these settings, in words; None if it can. ``grows``: an infinite net."""
     if settings.momentum:
         return "momentum moves every row at every step"
     if not grows:
         return None
-    if settings.last_layer_lr_mult == 0:
+    if trains_readout and settings.last_layer_lr_mult == 0:
         return "a read-out with learning-rate multiplier 0 does not grow"
     largest = max(1.0, settings.last_layer_lr_mult) if settings.apply_lr_mult_to_wd else 1.0
     kept = 1 - settings.lr * settings.weight_decay * largest
@@ -323,12 +408,14 @@ def unsupported(settings: Train, steps_per_epoch: int, grows: bool) -> str | Non
 
 def _gram(x: Tensor) -> Tensor:
     """``x xᵀ`` [b, b] of [b, n], b small and n large, as a sum: fused, it beats a matrix product made for large b."""
+    x = x.to(accumulate_dtype(x.dtype))
     return (x[:, None, :] * x).sum(2)
+
+
+def _times(alpha: float, x: Tensor) -> Tensor:
+    """``alpha x``, without a kernel for an alpha of 1."""
+    return x if alpha == 1 else alpha * x
 
 
 def _biased(z: Tensor, module: nn.Module) -> Tensor:
     return z if module.bias is None else z + module.bias_alpha * module.bias
-
-
-def _bias_gradient(module: nn.Module, delta: Tensor) -> Tensor | None:
-    return None if module.bias is None else module.bias_alpha * delta.sum(0)

@@ -1,26 +1,25 @@
-"""What a training will need, before it begins: rows, memory, time."""
+"""What a training will need, before it begins: rows, memory, time; and what would have fit, when memory runs out after all."""
 
 from __future__ import annotations
 
 import math
-import os
+import re
 import time
 from dataclasses import dataclass
 
 import torch
 
 from pizoo.functional import unit
-from pizoo.ops import growing_backward, growing_forward
+from pizoo.memory import HEADROOM, NotEnoughMemory, free_memory, to_host
+from pizoo.ops import growing_backward, growing_forward, streamed
 from pizoo.recipes import InfPi, Recipe
+from pizoo.rows import check_place, converted
+from pizoo.training.report import peak_memory
 
-HEADROOM = 2**30  # bytes beside rows and data: workspaces, the compiler's and the allocator's own
 PROBE_ROWS = {"cuda": 2**18, "cpu": 2**13}
 # A step's work that does not depend on the rows, measured: replayed graph on an H200, plain loop on two CPU cores.
-STEP_OVERHEAD = {"cuda": 1.5e-4, "cpu": 2e-3}
-
-
-class NotEnoughMemory(RuntimeError):
-    """A training that would not fit; the message says what it needs, what there is, and what would fit."""
+STEP_OVERHEAD = {"graph": 1.5e-4, "plain": 2e-3}
+CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -28,82 +27,193 @@ class Plan:
     """What training a recipe on ``samples`` images takes.
 
     Attributes:
+        device: where it computes.
         steps: of the whole training.
         rows: final number of rows of each growing layer (0 for finite nets).
         row_bytes: of all growing layers at the end.
-        needed: bytes in all, on the device: rows, data, and headroom for all else.
+        rows_on: where they are kept: "device", or "host", from where they stream to the device.
+        needed: bytes in all, on the device: rows unless they are on the host, data, and headroom for all else.
         available: bytes free on the device now.
+        host_needed, host_available: the same of the host, when rows are kept there; else 0 and what is free.
         seconds: estimate from a measurement on this device; None for finite nets.
+        on_tasks: whether it trains on tasks, which are drawn: then there is no part of the data to take.
     """
 
+    device: torch.device
     steps: int
     rows: int
     row_bytes: int
+    rows_on: str
     needed: int
     available: int
+    host_needed: int
+    host_available: int
     seconds: float | None
+    on_tasks: bool
 
     def check(self, entry: str) -> None:
         """Raise NotEnoughMemory unless the training fits."""
-        if self.needed > self.available:
-            fitting = self.rows * max(0, self.available - (self.needed - self.row_bytes)) // max(1, self.row_bytes)
+        if self.rows_on == "device" and self.needed > self.available:
             raise NotEnoughMemory(
-                f"{entry} needs {self.needed / 2**30:.1f} GiB, {self.row_bytes / 2**30:.1f} of them for {self.rows:,} rows a "
-                f"layer; {self.available / 2**30:.1f} GiB are free. About {fitting:,} rows would fit: fewer train.epochs, a "
-                "data.subset, a smaller model.r or a shorter train.dtype"
+                f"{entry} needs {_gib(self.needed)}, {_gib(self.row_bytes)} of them for {self.rows:,} rows a layer; "
+                f"{_gib(self.available)} are free{self._on_the_host()}. "
+                + self._fewer_rows(self.available - (self.needed - self.row_bytes))
+            )
+        if self.needed > self.available:
+            raise NotEnoughMemory(
+                f"{entry} needs {_gib(self.needed)} on {self.device} beside its rows on the host; {_gib(self.available)} are "
+                f"free: {self._less_beside}"
+            )
+        if self.host_needed > self.host_available:
+            raise NotEnoughMemory(
+                f"{entry} needs {_gib(self.host_needed)} of host memory for {self.rows:,} rows a layer; "
+                f"{_gib(self.host_available)} are free. " + self._fewer_rows(self.host_available - HEADROOM)
             )
 
+    def summary(self, entry: str) -> str:
+        """What it needs and what there is, in a line."""
+        rows = f", {_gib(self.row_bytes)} of rows among them" if self.rows and self.rows_on == "device" else ""
+        return f"{entry} needs {_gib(self.needed)} of memory on {self.device}{rows}; {_gib(self.available)} are free"
 
-def plan(recipe: Recipe, samples: int, device: torch.device, estimate_time: bool = False) -> Plan:
-    """Plan the training of ``recipe`` on ``samples`` training images; with ``estimate_time`` it measures for a second."""
+    def streaming(self, entry: str) -> str:
+        """That the rows stream, and what it costs, in a line."""
+        each = f", about {1e3 * self.seconds / self.steps:.3g} ms a step" if self.seconds else ""
+        return (
+            f"{entry}: {_gib(self.host_needed - HEADROOM)} of rows are kept in host memory ({_gib(self.host_available)} free) "
+            f"and stream to {self.device}{each}"
+        )
+
+    def ran_out(self, entry: str, reported: str) -> str:
+        """What to say when memory has run out in spite of the plan, with what was ``reported``: why, and what would fit."""
+        on_host = self.rows_on == "host"
+        now = free_memory(self.device) + (torch.cuda.memory_allocated(self.device) if self.device.type == "cuda" else 0)
+        room, rows_here = (now if self.device.type == "cuda" else self.available), (0 if on_host else self.row_bytes)
+        beside = max(self.needed, peak_memory(self.device) + _asked_for(reported)) - rows_here
+        if on_host and "CUDA" not in reported:
+            remedy = self._fewer_rows(self.host_available - HEADROOM - _asked_for(reported))
+        elif on_host or not self.rows:
+            remedy = f"What a step needs beside rows did not fit: {self._less_beside}"
+        elif room - beside >= self.row_bytes:
+            remedy = f"The rows fit, what a step needs beside them did not: {self._less_beside}"
+        else:
+            remedy = self._fewer_rows(room - beside)
+        there = f"{_gib(room)} can be had on {self.device}{self._on_the_host()}"
+        return f"{entry} ran out of memory ({reported}); {there}. {remedy}"
+
+    def _fewer_rows(self, room: int) -> str:
+        fitting = self.rows * max(0, room) // max(1, self.row_bytes)
+        samples = "train.steps_per_epoch" if self.on_tasks else "data.subset"
+        return f"About {fitting:,} rows would fit: fewer train.epochs, a smaller {samples} or model.r, or a shorter train.dtype"
+
+    @property
+    def _less_beside(self) -> str:
+        return "a smaller train.batch_size" + ("" if self.on_tasks else " or data.subset")
+
+    def _on_the_host(self) -> str:
+        """What the host has, where keeping rows there is a way out."""
+        if self.device.type == "cpu" or not self.rows or self.rows_on == "host":
+            return ""
+        fit = self.row_bytes + HEADROOM <= self.host_available
+        way = "rows fit there (--rows-on host, rows_on='host') and stream" if fit else "too little for the rows as well"
+        return f", {_gib(self.host_available)} on the host: {way}"
+
+
+def plan(
+    recipe: Recipe, samples: int, device: torch.device, estimate_time: bool = False, rows_on: str = "auto"
+) -> Plan:
+    """Plan the training of ``recipe`` on ``samples`` training images an epoch (:func:`samples_per_epoch` of tasks).
+
+    Args:
+        estimate_time: measure for a second.
+        rows_on: "device", "host", or "auto": on the host if rows fit there and not on the device. On a CPU, and for nets
+            without rows, it is all one.
+
+    Raises:
+        ValueError: another ``rows_on``.
+    """
+    check_place(rows_on, "auto")
     settings = recipe.train
-    steps = math.ceil(samples / settings.batch_size) * settings.epochs
-    rows, row_bytes, seconds = 0, 0, None
+    steps_per_epoch = settings.steps_per_epoch or math.ceil(samples / settings.batch_size)
+    steps = steps_per_epoch * settings.epochs
     widths = _layer_widths(recipe)
-    if widths:
-        itemsize = getattr(torch, settings.dtype).itemsize
-        first = recipe.model.r
-        rows = first + samples * settings.epochs
-        row_bytes = sum(rows * (itemsize * (r_out + recipe.model.r) + max(4, itemsize)) for r_out in widths)
-        if estimate_time:
-            per_row = sum(_seconds_per_row(recipe, r_out, device) for r_out in widths)
-            seconds = steps * STEP_OVERHEAD[device.type] + per_row * (first + rows) / 2 * steps
-    data = samples * recipe.data.d * (4 + 1)
-    return Plan(steps, rows, row_bytes, row_bytes + data + HEADROOM, free_memory(device), seconds)
+    itemsize = getattr(torch, settings.dtype).itemsize
+    first = recipe.model.r if widths else 0
+    rows = first + samples * settings.epochs if widths else 0
+    multipliers = 2 if itemsize == 1 else 1  # int8 rows have bmult beside amult
+    mult_bytes = rows * len(widths) * multipliers * max(4, itemsize)
+    row_bytes = sum(rows * itemsize * (r_out + recipe.model.r) for r_out in widths) + mult_bytes
+    data = 0 if recipe.tasks else samples * recipe.data.d * (4 + 1)  # all of Omniglot, rotated, is 100 MB
+    beside = data + HEADROOM
+    available, host_available = free_memory(device), free_memory(CPU)
+    host_needed = row_bytes - mult_bytes + HEADROOM
+    on_host = device.type == "cuda" and bool(widths) and rows_on != "device"
+    if rows_on == "auto":
+        on_host = on_host and row_bytes + beside > available and host_needed <= host_available
+    seconds = None
+    if estimate_time and widths:
+        batch = math.ceil(samples / steps_per_epoch)
+        per_row = sum(_seconds_per_row(recipe, r_out, batch, device, on_host) for r_out in widths)
+        graph = device.type == "cuda" and not on_host and not recipe.tasks
+        overhead = STEP_OVERHEAD["graph" if graph else "plain"]
+        seconds = steps * (overhead + per_row * (first + rows) / 2)
+    buffers = streamed.BUFFERS * streamed.CHUNK_BYTES
+    return Plan(
+        device=device,
+        steps=steps,
+        rows=rows,
+        row_bytes=row_bytes,
+        rows_on="host" if on_host else "device",
+        needed=beside + (mult_bytes + buffers if on_host else row_bytes),
+        available=available,
+        host_needed=host_needed if on_host else 0,
+        host_available=host_available,
+        seconds=seconds,
+        on_tasks=recipe.tasks is not None,
+    )
 
 
-def free_memory(device: torch.device) -> int:
-    """Bytes free on a GPU, or in the machine's memory."""
-    if device.type == "cuda":
-        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return torch.cuda.mem_get_info(device)[0] + cached
-    try:
-        with open("/proc/meminfo") as file:
-            fields = dict(line.split(":", 1) for line in file)
-        return int(fields["MemAvailable"].split()[0]) * 1024
-    except FileNotFoundError:  # not Linux: take the machine's whole memory
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+def samples_per_epoch(recipe: Recipe) -> int:
+    """Samples whose rows an epoch on tasks appends: of support and query, at first order of queries alone."""
+    tasks, settings = recipe.tasks, recipe.train
+    images = tasks.queries if tasks.first_order else tasks.shots + tasks.queries
+    return settings.steps_per_epoch * settings.batch_size * recipe.data.classes * images
+
+
+def check_solving(recipe: Recipe, samples: int, device: torch.device) -> None:
+    """Raise NotEnoughMemory unless a kernel recipe can be solved on ``samples`` training images: a matrix and its factor."""
+    needed = 2 * 8 * samples**2 + 8 * samples * recipe.data.d + HEADROOM
+    available = free_memory(device)
+    if needed > available:
+        fitting = math.isqrt(max(0, available - HEADROOM) // 16)
+        raise NotEnoughMemory(
+            f"{recipe.entry} needs {needed / 2**30:.1f} GiB, for the float64 kernel between {samples:,} training images and "
+            f"its factor; {available / 2**30:.1f} GiB are free on {device}. A GPU may have them, or take a data.subset of less "
+            f"than {fitting:,}"
+        )
 
 
 def _layer_widths(recipe: Recipe) -> list[int]:
-    """Outputs of each growing layer; none for finite nets."""
+    """Outputs of each layer that grows; none for finite nets."""
     if not isinstance(recipe.model, InfPi):
         return []
-    return [recipe.model.r] * (recipe.model.hidden_layers - 1) + [recipe.data.classes]
+    readout = [recipe.data.classes] if recipe.train.last_layer_lr_mult else []
+    return [recipe.model.r] * (recipe.model.hidden_layers - 1) + readout
 
 
-def _seconds_per_row(recipe: Recipe, r_out: int, device: torch.device) -> float:
-    """Forward and backward of one growing layer, per row, measured on random rows."""
-    r, b, dtype = recipe.model.r, recipe.train.batch_size, getattr(torch, recipe.train.dtype)
+def _seconds_per_row(recipe: Recipe, r_out: int, b: int, device: torch.device, on_host: bool) -> float:
+    """Forward and backward of one growing layer, per row, for batches of b samples, measured on random rows."""
+    r, dtype = recipe.model.r, getattr(torch, recipe.train.dtype)
     rows = PROBE_ROWS[device.type]
     gbar = unit(torch.randn(b, r, device=device))[0]
-    A, B = (torch.randn(rows, n, device=device).to(dtype) for n in (r_out, r))
-    B /= r**0.5
-    amult, delta = torch.ones(rows, device=device), torch.randn(b, r_out, device=device)
+    A, B = (torch.randn(rows, n, device=device) for n in (r_out, r))
+    A, B, amult, *bmults = converted(A, B / r**0.5, torch.ones(rows, device=device), dtype)
+    if on_host:
+        A, B = to_host(A, dtype), to_host(B, dtype)
+    delta, bmult = torch.randn(b, r_out, device=device), bmults[0] if bmults else None
 
     def run() -> None:
-        growing_forward(gbar, A, B, amult)
-        growing_backward(gbar, A, B, amult, delta)
+        growing_forward(gbar, A, B, amult, bmult=bmult)
+        growing_backward(gbar, A, B, amult, delta, bmult=bmult)
         if device.type == "cuda":
             torch.cuda.synchronize(device)
 
@@ -112,3 +222,14 @@ def _seconds_per_row(recipe: Recipe, r_out: int, device: torch.device) -> float:
     for _ in range(3):
         run()
     return (time.perf_counter() - begin) / 3 / rows
+
+
+def _asked_for(reported: str) -> int:
+    """Bytes that torch's message says could not be had; 0 if it does not say."""
+    if found := re.search(r"allocate ([\d.]+) (bytes|KiB|MiB|GiB)", reported):
+        return int(float(found[1]) * 2 ** {"bytes": 0, "KiB": 10, "MiB": 20, "GiB": 30}[found[2]])
+    return 0
+
+
+def _gib(size: float) -> str:
+    return f"{size / 2**30:.1f} GiB"

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import logging
+import os
 import platform
 import resource
+import shutil
+import subprocess
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -20,11 +24,37 @@ def hardware(device: torch.device) -> str:
     return f"CPU ({platform.machine()}), {torch.get_num_threads()} threads"
 
 
+def commit() -> str | None:
+    """The commit of the clone this runs from, ``-dirty`` if its code or recipes were changed since.
+
+    Without git, as where sources were copied to, what ``$PIZOO_COMMIT`` says; None: nobody knows.
+    """
+    clone = Path(__file__).parents[2]
+    git = ["git", "-C", str(clone)]
+    if (clone / ".git").exists() and shutil.which("git"):
+        head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True)
+        changed = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", "pizoo", "recipes"], capture_output=True)
+        if head.returncode == 0:
+            return head.stdout.strip() + ("-dirty" if changed.returncode else "")
+    return os.environ.get("PIZOO_COMMIT")
+
+
 def peak_memory(device: torch.device) -> int:
     """Bytes: the most the process has held on the GPU, or in memory."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+class LapTimer:
+    """Wall time in laps: :meth:`lap` gives the seconds since the last one, or since it was made."""
+
+    def __init__(self) -> None:
+        self.began = time.perf_counter()
+
+    def lap(self) -> float:
+        before, self.began = self.began, time.perf_counter()
+        return self.began - before
 
 
 class _LogFile(logging.FileHandler):
@@ -69,6 +99,11 @@ class StepProgress:
             self.task = self.bar.add_task(name, total=epochs * steps_per_epoch)
         self.name, self.epochs, self.steps_per_epoch = name, epochs, steps_per_epoch
         self.done = None
+
+    def say(self, text: str) -> None:
+        """Print a line above the bar."""
+        if self.bar is not None:
+            self.bar.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def advance(self, epoch: int, loss: float) -> None:
         if self.bar is None:

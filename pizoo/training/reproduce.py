@@ -8,13 +8,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from pizoo import checkpoint
 from pizoo.cards import write_card
-from pizoo.evaluation.accuracy import accuracy, predict, standard_error
+from pizoo.evaluation.accuracy import choose_device, correct, percent, predict
 from pizoo.evaluation.entries import attach_training_images
+from pizoo.plots import SIZES, draw_sizes
 from pizoo.recipes import Recipe
-from pizoo.training.supervised import TrainResult, train
+from pizoo.training import meta
+from pizoo.training.compact import compact_net
+from pizoo.training.seeds import summary, train_seeds
+from pizoo.training.supervised import TrainResult
+from pizoo.training.tune import tune
+from pizoo.zoo import TUNED
 
 
 def reproduce(
@@ -27,52 +34,64 @@ def reproduce(
     device: torch.device | str | None = None,
     progress: bool = False,
 ) -> dict[str, Any]:
-    """Make an entry's card from its recipe.
+    """Make an entry's card from its recipe, and from a recipe that is to be tuned a second one in it, ``card/tuned``.
 
     Args:
         recipe: of the entry.
-        card: folder to write ``config.json``, ``model.safetensors``, ``probe.safetensors``, ``results.json``, ``README.md``.
-        runs: folder for the trainings, ``seed-K`` each; finished ones are not trained again.
+        card: folder to write ``config.json``, ``model.safetensors``, ``probe.safetensors``, ``results.json``,
+            ``correct.safetensors`` and ``README.md`` into.
+        runs: folder for the trainings, ``seed-K`` each, as of :func:`train_seeds`; finished ones are not trained again.
         seeds: which; None: as many as the recipe says. The first is the one that is shipped.
         data_dir, device, progress: as for :func:`pizoo.train`.
 
     Returns:
         what ``results.json`` holds.
     """
+    card, runs, device = Path(card), Path(runs), choose_device(device)
     seeds = list(range(recipe.seeds)) if seeds is None else list(seeds)
-    shipped, trained = None, []
-    for seed in seeds:
-        folder = Path(runs) / f"seed-{seed}"
-        outcome = train(recipe.with_seed(seed), folder, data_dir=data_dir, device=device, progress=progress)
-        shipped = shipped or outcome  # of the others only the numbers are kept, not their nets
-        trained.append(
-            {
-                "seed": seed,
-                "accuracy": outcome.results["accuracy"],
-                "best_epoch": outcome.results["best_epoch"],
-                "epochs": outcome.recipe.train.epochs if outcome.recipe.train else 0,
-                "train_seconds": outcome.results["train_seconds"],
-            }
-        )
-    accuracies = [run["accuracy"] for run in trained]
+    shipped: dict[str, Any] = {}
+    records, right = [], {}
+    for run in train_seeds(recipe, seeds, runs, data_dir=data_dir, device=device, progress=progress):
+        if not records:
+            shipped, right[checkpoint.SHIPPED] = _ship(run.outcome, card, data_dir)
+        records.append(run.record)
+        right[checkpoint.seed_key(run.record["seed"])] = run.correct
+        del run  # its net's memory is the next one's
     results = {
-        **shipped.results,
-        "accuracy": _ship(shipped, Path(card), data_dir),
+        **shipped,
+        "accuracy": percent(right[checkpoint.SHIPPED]),
         "shipped_seed": seeds[0],
-        "seeds": trained,
-        "mean_accuracy": sum(accuracies) / len(accuracies),
-        "standard_error": standard_error(accuracies),
+        **summary(records),
+        "correct_sha256": checkpoint.write_tensors(card / checkpoint.CORRECT, right),
     }
-    checkpoint.write_json(Path(card) / checkpoint.RESULTS, results)
-    write_card(Path(card))
+    if recipe.tune is not None:
+        found = tune(recipe, recipe.data.load(data_dir), device, runs)
+        tuned = recipe.with_model(**found["settings"])
+        theirs = reproduce(
+            tuned, card / TUNED, runs / TUNED, seeds, data_dir=data_dir, device=device, progress=progress
+        )
+        results["tuned"] = {**found, "accuracy": theirs["accuracy"]}
+        results["total_wall_seconds"] += found["seconds"] + theirs["total_wall_seconds"]
+    checkpoint.write_json(card / checkpoint.RESULTS, results)
+    write_card(card)
     return results
 
 
-def _ship(outcome: TrainResult, card: Path, data_dir: str | os.PathLike | None) -> float:
-    """Write the net of ``outcome`` into its card and return the accuracy of what a user will load from there."""
+def _ship(outcome: TrainResult, card: Path, data_dir: str | os.PathLike | None) -> tuple[dict[str, Any], Tensor]:
+    """Write the net of ``outcome`` into its card; return what to record of a user's copy of it, and which test images (queries
+    of tasks) that classifies correctly."""
     recipe = outcome.recipe
-    dataset, normalize = recipe.data.load(data_dir), recipe.data.normalize
-    checkpoint.save_with_probe(card, outcome.model, recipe.config(dataset.class_names), dataset, normalize)
-    model, _ = checkpoint.load(card, device=next(iter(outcome.model.state_dict().values())).device)
+    dataset, normalize = recipe.load_data(data_dir), recipe.data.normalize
+    if recipe.tasks is not None:
+        measured = meta.ship(outcome, card, dataset)
+        return {**outcome.results, **measured.recorded}, measured.correct
+    model, results = outcome.model, outcome.results
+    device = next(iter(model.state_dict().values())).device
+    if recipe.compact is not None:
+        model, record = compact_net(model, dataset, normalize, recipe.compact, curve=True)
+        results = {**results, "compact": record}
+        draw_sizes(card / SIZES, record)
+    checkpoint.save_with_probe(card, model, recipe.config(dataset.class_names), dataset, normalize)
+    model, _ = checkpoint.load(card, device=device)
     attach_training_images(model, dataset.train_x, normalize)
-    return accuracy(predict(model, dataset.test_x, normalize), dataset.test_y)
+    return results, correct(predict(model, dataset.test_x, normalize), dataset.test_y)

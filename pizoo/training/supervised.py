@@ -8,10 +8,10 @@ bit on the same machine.
 from __future__ import annotations
 
 import math
-import os
 import platform
 import time
-from collections.abc import Iterable
+import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import date
 from pathlib import Path
@@ -22,15 +22,16 @@ from torch import Tensor, nn
 
 from pizoo import __version__, checkpoint, ops
 from pizoo.data import Dataset, epoch_order
-from pizoo.evaluation.accuracy import accuracy, choose_device, predict
+from pizoo.evaluation.accuracy import accuracy, predict
+from pizoo.memory import explained
 from pizoo.models import KernelRegressor
 from pizoo.optim import PiSGD, clip_grad_norm_, param_groups
-from pizoo.recipes import Recipe, RecipeError, load_recipe
+from pizoo.recipes import Recipe, RecipeError, decisive
 from pizoo.training.engine import Engine, unsupported
-from pizoo.training.plan import plan
-from pizoo.training.report import StepProgress, hardware, log, logging_to, peak_memory
+from pizoo.training.plan import check_solving, plan
+from pizoo.training.report import LapTimer, StepProgress, commit, hardware, log, peak_memory
 from pizoo.training.schedule import schedule_factor
-from pizoo.training.state import optimizer_tensors, restore
+from pizoo.training.state import Behind, optimizer_tensors, restore
 
 REMEDY = "Try a smaller train.lr or train.clip.max_norm, and check the inputs"
 
@@ -44,7 +45,7 @@ class TrainResult:
     """What a training gave.
 
     Attributes:
-        model: the net after the last epoch, in eval mode.
+        model: the net after the last epoch, of few-shot trainings that of the epoch chosen, in eval mode.
         recipe: what was trained.
         folder: where its checkpoint is; None if none was asked for.
         history: one record an epoch: epoch, step, loss, test_accuracy, seconds, ...
@@ -58,68 +59,42 @@ class TrainResult:
     results: dict[str, Any] = field(default_factory=dict)
 
 
-def train(
-    recipe: str | os.PathLike | Recipe,
-    out: str | os.PathLike | None = None,
-    *,
-    overrides: Iterable[str] = (),
-    data_dir: str | os.PathLike | None = None,
-    dataset: Dataset | None = None,
-    device: torch.device | str | None = None,
-    engine: bool | None = None,
-    progress: bool = False,
-) -> TrainResult:
-    """Train a recipe; if ``out`` holds an unfinished training of the same recipe, go on with it.
-
-    Args:
-        recipe: an entry's name, a path to a YAML file, or a recipe.
-        out: folder for checkpoint, log and results; None: nothing is written.
-        overrides: ``"train.epochs=1"`` and the like, for a name or path.
-        data_dir: where data sets are (:func:`pizoo.data.data_directory`).
-        dataset: use this one instead of the one the recipe names.
-        device: None: a GPU if there is one.
-        engine: train with :class:`pizoo.training.engine.Engine` instead of the plain loop, to the same result within
-            rounding; None: on a GPU, where it can.
-        progress: show a progress bar.
-
-    Raises:
-        RecipeError, FileNotFoundError, ValueError: recipe or data are missing or do not fit; nothing was begun.
-        NotEnoughMemory: it would not fit on the device; nothing was begun.
-        TrainingDiverged: a loss that is not finite; epochs saved before it stay.
-        CheckpointError: ``out`` holds another training, or the disk is full.
-    """
-    if not isinstance(recipe, Recipe):
-        recipe = load_recipe(recipe, overrides)
-    elif list(overrides):
-        raise RecipeError("overrides go with a name or path; a Recipe is complete already")
-    device = choose_device(device)
-    if dataset is None:
-        dataset = recipe.data.load(data_dir)
-    dataset.require(recipe.data.input_size, recipe.data.classes)
-    folder = Path(out) if out is not None else None
-    if folder is not None:
-        _check_folder(folder, recipe)  # a folder that is refused stays as it is, its log included
-    with checkpoint.training_lock(folder):
-        if recipe.train is None:
-            return _solve(recipe, dataset, folder, device)
-        with logging_to(folder):
-            return _Training(recipe, dataset, folder, device, engine).run(progress)
-
-
-class _Training:
+class Training:
     """One training run: its net, optimizer and where it stands."""
 
     def __init__(
-        self, recipe: Recipe, dataset: Dataset, folder: Path | None, device: torch.device, engine: bool | None = None
+        self,
+        recipe: Recipe,
+        dataset: Dataset,
+        folder: Path | None,
+        device: torch.device,
+        engine: bool | None = None,
+        rows_on: str = "auto",
     ):
+        self.timer, self.writing = LapTimer(), Behind()
         self.recipe, self.dataset, self.folder, self.device = recipe, dataset, folder, device
-        self.normalize = recipe.data.normalize
-        self.train_x, self.train_y = dataset.train_x.to(device), dataset.train_y.to(device)
-        settings = recipe.train
-        self.steps_per_epoch = math.ceil(len(self.train_x) / settings.batch_size)
-        self.steps = self.steps_per_epoch * settings.epochs
-        plan(recipe, len(self.train_x), device).check(recipe.entry)
-        self.model = recipe.build_model(device)
+        self.history: list[dict[str, Any]] = []
+        self.samples_per_epoch, self.steps_per_epoch = self._sizes()
+        self.steps = self.steps_per_epoch * recipe.train.epochs
+        self.plan = plan(recipe, self.samples_per_epoch, device, rows_on=rows_on)
+        self.plan.check(recipe.entry)
+        log.info("%s", self.plan.summary(recipe.entry))
+        if self.plan.rows_on == "host":
+            self._tell_of_streaming()
+        with explained(self._ran_out):
+            self._prepare(engine)
+
+    def _tell_of_streaming(self) -> None:
+        planned = plan(self.recipe, self.samples_per_epoch, self.device, estimate_time=True, rows_on="host")
+        told = planned.streaming(self.recipe.entry)
+        log.info("%s", told)
+        warnings.warn(told, RuntimeWarning, stacklevel=4)
+
+    def _prepare(self, engine: bool | None) -> None:
+        """All a training holds: data on the device, net, optimizer, room for every row to come; where it stopped, if it did."""
+        settings = self.recipe.train
+        self._take()
+        self.model = self.recipe.build_model(self.device)
         self.optimizer = PiSGD(
             param_groups(
                 self.model,
@@ -135,20 +110,41 @@ class _Training:
             settings.dampening,
         )
         self.growing = checkpoint.growing_layers(self.model)
-        self.history: list[dict[str, Any]] = []
-        self._begin_or_resume()
-        samples = len(self.train_x) * (settings.epochs - len(self.history))
         for layer in self.growing.values():
-            layer.reserve(layer.count + samples)
+            layer.keep_rows_on(self.plan.rows_on)
+            if layer.role == "hidden" or settings.last_layer_lr_mult:
+                layer.reserve(layer.count + self.samples_per_epoch * settings.epochs)
+        self._begin_or_resume()
         self.engine = self._make_engine() if self._wants_engine(engine) else None
 
+    @staticmethod
+    def check_data(recipe: Recipe, dataset: Dataset) -> None:
+        """Raise ValueError unless the data are what the recipe wants."""
+        dataset.require(recipe.data.input_size, recipe.data.classes)
+
+    def _sizes(self) -> tuple[int, int]:
+        """Samples, and steps, of an epoch."""
+        samples = len(self.dataset.train_x)
+        return samples, math.ceil(samples / self.recipe.train.batch_size)
+
+    def _take(self) -> None:
+        """Put the data where they are trained on; set ``class_names``."""
+        self.normalize, self.class_names = self.recipe.data.normalize, self.dataset.class_names
+        self.train_x, self.train_y = (part.to(self.device) for part in (self.dataset.train_x, self.dataset.train_y))
+
     def _wants_engine(self, asked: bool | None) -> bool:
-        reason = unsupported(self.recipe.train, self.steps_per_epoch, bool(self.growing))
+        reason = self._cannot()
         if self.device.type == "cuda" and not all(ops.fused(layer.B[:1], layer.A) for layer in self.growing.values()):
             reason = "there are no fused kernels for its rows on this device"
+        if self.plan.rows_on == "host":
+            reason = "its rows stream from the host"
         if asked and reason:
             raise RecipeError(f"{self.recipe.entry}: the engine cannot train this recipe: {reason}")
         return asked if asked is not None else self.device.type == "cuda" and reason is None
+
+    def _cannot(self) -> str | None:
+        """Why the engine cannot train this recipe, in words."""
+        return unsupported(self.recipe.train, self.steps_per_epoch, bool(self.growing))
 
     def _make_engine(self) -> Engine:
         settings = self.recipe.train
@@ -162,9 +158,9 @@ class _Training:
     def _begin_or_resume(self) -> None:
         if self.folder is None:
             return
-        _check_folder(self.folder, self.recipe)
+        check_folder(self.folder, self.recipe)
         if not (self.folder / checkpoint.MANIFEST).exists():
-            checkpoint.start_training(self.folder, self.model, self.recipe.config(self.dataset.class_names))
+            checkpoint.start_training(self.folder, self.model, self.recipe.config(self.class_names))
             return
         if records := checkpoint.read_manifest(self.folder)["epochs"]:
             restore(self.model, self.optimizer, checkpoint.read_epoch(self.folder))
@@ -174,31 +170,42 @@ class _Training:
     def run(self, progress: bool) -> TrainResult:
         settings, already = self.recipe.train, len(self.history)
         with StepProgress(progress, self.recipe.entry, settings.epochs, self.steps_per_epoch) as bar:
-            for epoch in range(already, settings.epochs):
-                self.history.append(self._epoch(epoch, bar))
-                if self.folder is not None:
-                    self._save(epoch + 1)
-        self.model.eval()
+            bar.say(self.plan.summary(self.recipe.entry))
+            try:
+                for epoch in range(already, settings.epochs):
+                    with explained(self._ran_out):
+                        self.history.append(self._epoch(epoch, bar))
+                        if self.folder is not None:
+                            self._save(epoch + 1)
+            finally:  # an epoch that has ended well is saved, whatever came after it
+                self.writing.wait()
+        self._finish()
         if self.folder is not None and already == settings.epochs and (self.folder / checkpoint.RESULTS).exists():
             results = checkpoint.read_json(self.folder / checkpoint.RESULTS)  # of the day and machine it was trained on
         else:
-            results = training_results(self.recipe, self.history, self.device)
+            with explained(self._ran_out):
+                results = self._results()
+            results["wall_seconds"] += self.timer.lap()
             if self.folder is not None:
                 checkpoint.write_json(self.folder / checkpoint.RESULTS, results)
         return TrainResult(self.model, self.recipe, self.folder, self.history, results)
+
+    def _finish(self) -> None:
+        """After the last epoch: leave the net that this training gives, in eval mode."""
+        self.model.eval()
+
+    def _results(self) -> dict[str, Any]:
+        return training_results(self.recipe, self.history, self.device)
 
     def _epoch(self, epoch: int, bar: StepProgress) -> dict[str, Any]:
         settings, begin = self.recipe.train, time.perf_counter()
         self.model.train()
         order = epoch_order(len(self.train_x), settings.seed, epoch).to(self.device)
         total, first = 0.0, epoch * self.steps_per_epoch
-        losses = None if self.engine is None else self.engine.run_epoch(order, first)
-        for i, batch in enumerate(order.split(settings.batch_size)):
-            if losses is None:
-                loss = self._step(first + i, self.train_x[batch], self.train_y[batch])
-            elif not math.isfinite(loss := losses[i]):
+        for i, (batch, loss) in enumerate(self._losses(order, first)):
+            if not math.isfinite(loss):
                 self._diverged(first + i, loss)
-            total += loss * len(batch)
+            total += loss * batch
             bar.advance(epoch, loss)
         step = first + self.steps_per_epoch
         record = {
@@ -215,16 +222,37 @@ class _Training:
                     f"the net's predictions after epoch {epoch + 1} are not finite; {self._kept(epoch)}. {REMEDY}"
                 )
             record["test_accuracy"] = accuracy(logits, self.dataset.test_y)
+        return self._log(record)
+
+    def _losses(self, order: Tensor, first: int) -> Iterator[tuple[int, float]]:
+        """Train on the samples in ``order``; size and loss of every batch, as it is taken or, by the engine, in the end."""
+        size = self.recipe.train.batch_size
+        if self.engine is not None:
+            for i, loss in enumerate(self.engine.run_epoch(order, first)):
+                yield min(size, len(order) - i * size), loss
+            return
+        for i, batch in enumerate(order.split(size)):
+            yield len(batch), self._step(first + i, self.train_x[batch], self.train_y[batch])
+
+    def _log(self, record: dict[str, Any]) -> dict[str, Any]:
+        """Note an epoch's record, wall time and row counts added, in the log."""
+        # What an epoch took in all: with the set-up before it, or the saving of the epoch before it.
+        record["wall_seconds"] = self.timer.lap()
         if self.growing:
             record["rows"] = {name: layer.count for name, layer in self.growing.items()}
         log.info("%s", " ".join(f"{k}={v:.6g}" if isinstance(v, float) else f"{k}={v}" for k, v in record.items()))
         return record
 
-    def _step(self, step: int, x: Tensor, y: Tensor) -> float:
-        settings = self.recipe.train
-        factor = self._lr_factor(step)
+    def _schedule(self, step: int) -> float | None:
+        """Set the learning rate of a step; return its clipping threshold."""
+        settings, factor = self.recipe.train, self._lr_factor(step)
         for group in self.optimizer.param_groups:
             group["lr"] = settings.lr * factor
+        max_norm, follows = settings.clip.max_norm, settings.clip.follows_schedule
+        return max_norm * factor if max_norm is not None and follows else max_norm
+
+    def _step(self, step: int, x: Tensor, y: Tensor) -> float:
+        settings, max_norm = self.recipe.train, self._schedule(step)
         dtype = next(self.model.parameters()).dtype
         logits = self.model(self.normalize(x, dtype)).to(torch.promote_types(dtype, torch.float32))
         if settings.loss == "mse":
@@ -234,16 +262,16 @@ class _Training:
             loss = nn.functional.cross_entropy(logits, y)
         self.optimizer.zero_grad()
         loss.backward()
-        clip, max_norm = settings.clip, settings.clip.max_norm
-        if max_norm is not None and clip.follows_schedule:
-            max_norm *= factor
-        norms = clip_grad_norm_(self.model, max_norm, clip.per_param)
+        norms = clip_grad_norm_(self.model, max_norm, settings.clip.per_param)
+        return self._take_step(step, loss.item(), norms)
+
+    def _take_step(self, step: int, loss: float, norms: Tensor | dict[str, Tensor]) -> float:
+        """Step unless the loss or a gradient's norm is not finite; returns the loss."""
         norm = torch.stack([n.double() for n in norms.values()]).sum() if isinstance(norms, dict) else norms
-        value = loss.item()
-        if not (math.isfinite(value) and norm.isfinite()):
-            self._diverged(step, value)
+        if not (math.isfinite(loss) and norm.isfinite()):
+            self._diverged(step, loss)
         self.optimizer.step()
-        return value
+        return loss
 
     def _diverged(self, step: int, loss: float) -> None:
         epoch = step // self.steps_per_epoch + 1
@@ -252,6 +280,12 @@ class _Training:
             f"{self._kept(epoch - 1)}. {REMEDY}"
         )
 
+    def _ran_out(self, reported: str) -> str:
+        self.writing.wait()
+        begun = self.folder is not None and (self.folder / checkpoint.MANIFEST).exists()
+        saved = len(checkpoint.read_manifest(self.folder)["epochs"]) if begun else 0
+        return f"{self.plan.ran_out(self.recipe.entry, reported)}; {self._kept(saved)}"
+
     def _kept(self, epoch: int) -> str:
         """Which net is still there when epoch ``epoch`` was the last to end well."""
         return f"the net of epoch {epoch} stands in {self.folder}" if self.folder and epoch else "no epoch was saved"
@@ -259,13 +293,20 @@ class _Training:
     def _save(self, epoch: int) -> None:
         record = {"epoch": epoch, "metrics": self.history[-1]}
         tensors = optimizer_tensors(self.model, self.optimizer)
-        # A finite net's state is all of it, every epoch again: only the last is kept.
-        checkpoint.save_epoch(self.folder, self.model, record, tensors, keep_states=bool(self.growing))
+        best = self._best_epoch()
+        # A finite net's state is all of it, every epoch again: only the best, where that is kept, and the last.
+        keep = None if self.growing else {best}
+        self.writing.wait()
+        checkpoint.save_epoch(self.folder, self.model, record, tensors, keep, best, self.writing.submit)
+
+    def _best_epoch(self) -> int | None:
+        """The epoch whose net this training gives; None: the last."""
+        return None
 
 
-def _solve(recipe: Recipe, dataset: Dataset, folder: Path | None, device: torch.device) -> TrainResult:
+def solve_kernel(recipe: Recipe, dataset: Dataset, folder: Path | None, device: torch.device) -> TrainResult:
     """Fit a kernel regressor on all training inputs, in float64; if ``folder`` holds it already, load it."""
-    begin = time.perf_counter()
+    timer, begin = LapTimer(), time.perf_counter()
     model = recipe.build_model(device)
     if not isinstance(model, KernelRegressor):
         raise RecipeError(
@@ -274,15 +315,17 @@ def _solve(recipe: Recipe, dataset: Dataset, folder: Path | None, device: torch.
     normalize = recipe.data.normalize
     train_x = normalize(dataset.train_x.to(device), torch.float64)
     if folder is not None:
-        _check_folder(folder, recipe)
+        check_folder(folder, recipe)
         if (folder / checkpoint.RESULTS).exists():
             model, _ = checkpoint.load(folder, device=device)
             results = checkpoint.read_json(folder / checkpoint.RESULTS)
             return TrainResult(model.attach(train_x), recipe, folder, results["history"], results)
+    check_solving(recipe, len(train_x), device)
     model.fit(train_x, dataset.train_y.to(device))
     record: dict[str, Any] = {"epoch": 0, "train_seconds": time.perf_counter() - begin}
     if dataset.test_x is not None:
         record["test_accuracy"] = accuracy(predict(model, dataset.test_x, normalize), dataset.test_y)
+    record["wall_seconds"] = timer.lap()
     results = training_results(recipe, [record], device)
     if folder is not None:
         checkpoint.save_with_probe(folder, model, recipe.config(dataset.class_names), dataset, normalize)
@@ -297,8 +340,10 @@ def training_results(recipe: Recipe, history: list[dict[str, Any]], device: torc
         "data": {"name": recipe.data.name, "part": "test", "subset": recipe.data.subset, "split": recipe.data.split},
         "seed": recipe.train.seed if recipe.train else None,
         "train_seconds": sum(record["train_seconds"] for record in history),
+        "wall_seconds": sum(record["wall_seconds"] for record in history),
         "hardware": hardware(device),
         "peak_memory_bytes": peak_memory(device),
+        "commit": commit(),
         "versions": {"pizoo": __version__, "torch": torch.__version__, "python": platform.python_version()},
         "date": date.today().isoformat(),
         "history": history,
@@ -310,14 +355,14 @@ def training_results(recipe: Recipe, history: list[dict[str, Any]], device: torc
     return results
 
 
-def _check_folder(folder: Path, recipe: Recipe) -> None:
+def check_folder(folder: Path, recipe: Recipe) -> None:
     """Raise CheckpointError if a folder holds another recipe's training, or a shipped net that training would mix with."""
     if not (folder / checkpoint.CONFIG).exists():
         return
-    found = checkpoint.read_config(folder).get("recipe")
-    if found != recipe.to_dict():
+    found, wanted = decisive(checkpoint.read_config(folder).get("recipe")), decisive(recipe.to_dict())
+    if found != wanted:
         raise checkpoint.CheckpointError(
-            f"{folder} holds a training of another recipe ({_difference(found, recipe.to_dict())}); "
+            f"{folder} holds a training of another recipe ({_difference(found, wanted)}); "
             "choose another folder, or remove it"
         )
     if recipe.train is not None and (folder / checkpoint.MODEL).exists():
