@@ -233,7 +233,7 @@ def test_a_compact_net_trains_and_grows_on(digits, small):
     net = pizoo.compact(digits[0], train_x[:200], 30, steps=0)
     y = zoo.dataset(digits[0].config).train_y
     net.train()
-    optimizer = PiSGD(param_groups(net, 0.1), 0.1)
+    optimizer = PiSGD(param_groups(net, 0.5), 0.5)
     losses = []
     for batch in torch.arange(400).split(16):
         loss = torch.nn.functional.mse_loss(net(train_x[batch]), torch.nn.functional.one_hot(y[batch], 10).float())
