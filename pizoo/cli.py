@@ -360,13 +360,10 @@ def compact(
     out_dir: Annotated[Path, typer.Option("--out", help="Folder for the compact checkpoint.")],
     rows: Annotated[
         int | None,
-        typer.Option(min=1, help="Rows of each hidden layer; the read-out gets a quarter (what --megabytes hold)."),
+        typer.Option(min=1, help="Rows of each hidden layer; the read-out gets half (what --megabytes hold)."),
     ] = None,
     megabytes: Annotated[float, typer.Option(min=0.001, help="Size of the file, at most.")] = 25.0,
-    dtype: Annotated[
-        Literal["float16", "int8"], typer.Option(help="Of the rows; of int8 twice as many fit.")
-    ] = "float16",
-    steps: Annotated[int, typer.Option(min=0, help="Steps of distillation; 0 is quick.")] = 10_000,
+    dtype: Annotated[Literal["int8", "float16"], typer.Option(help="Of the rows; of int8 twice as many fit.")] = "int8",
     views: Annotated[int, typer.Option(min=1, help="Views of each image to fit to, mirrored and moved.")] = 6,
     curve: Annotated[bool, typer.Option("--curve", help="Measure smaller sizes as well, and draw them.")] = False,
     epoch: Annotated[int | None, typer.Option(help="Epoch of a training checkpoint (the last).")] = None,
@@ -377,7 +374,7 @@ def compact(
     from pizoo.recipes import Compact
     from pizoo.training.compact import compact_checkpoint
 
-    settings = Compact(megabytes=megabytes, rows=rows, dtype=dtype, steps=steps, views=views)
+    settings = Compact(megabytes=megabytes, rows=rows, dtype=dtype, views=views)
     options = {"epoch": epoch, "data_dir": data, "device": device, "progress": err.is_terminal}
     results = compact_checkpoint(source, out_dir, settings, curve=curve, **options)
     made = results["compact"]

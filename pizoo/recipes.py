@@ -332,9 +332,8 @@ class Compact(_Part):
     """How the net that is shipped is made of the one that was trained; see :func:`pizoo.compact`."""
 
     megabytes: Positive = 25.0  # of 10⁶ bytes: the file's size, at most
-    rows: Count | None = None  # of each hidden layer, a quarter as many for the read-out; None: as many as fit
-    dtype: Literal["float16", "int8"] = "float16"
-    steps: Annotated[int, Field(ge=0, le=1_000_000)] = 10_000  # of distillation
+    rows: Count | None = None  # of each hidden layer, half as many for the read-out; None: as many as fit
+    dtype: Literal["int8", "float16"] = "int8"
     views: Annotated[int, Field(ge=1, le=1000)] = 6  # of each training image
 
 

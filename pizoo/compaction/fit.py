@@ -1,15 +1,15 @@
-"""Few rows that compute what many do: landmarks, ridge regression, distillation.
+"""Few rows that compute what many do: landmarks, ridge regression, and rounding that makes up for itself.
 
 A growing layer is a kernel machine ``s F00(ḡ Bᵀ) A``. With rows B at landmarks of what enters the layer, the best A is a
-ridge regression (Nyström approximation; Williams and Seeger, 2001). Landmarks are spherical k-means (Zhang, Tsang, Kwok,
-2008: Nyström's error is bounded by the quantisation error). After that A and B of all layers learn together, by
-distillation, to give the full net's logits.
+ridge regression on what the full layer gives (Nyström approximation; Williams and Seeger, 2001). Its rows are large and cancel,
+so that rounding each to nearest costs far more than the few bits it drops; rounded one after the other, each row makes up
+for the errors of those before (nearest plane; Babai, 1986), and 8 bits do.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,25 +17,61 @@ from torch import Tensor
 from pizoo.data import epoch_order
 from pizoo.functional import F00, unit
 from pizoo.nn import InfPiLinear
-from pizoo.rows import row_scale
+from pizoo.rows import directed, scaled
 
-KMEANS_ROUNDS = 6
-RIDGES = (1e-3, 1e-4, 1e-5, 1e-6, 1e-7, 1e-8)
+RIDGES = (1e-4, 1e-5, 1e-6, 1e-7, 1e-8)
 JITTER = 1e-12  # of the mean diagonal: two landmarks may coincide
 SAMPLES_AT_ONCE = 4096
-DISTILLATION_BATCH = 500
-LEARNING_RATE = 0.005  # of each tensor's root mean square
-WARM_UP = 50  # steps
-WHITENING = 1e-6  # directions of features that vary less than this share of the mean are not blown up further
-FIXED_POINT = 2.0**40
+BLOCK = 128  # rows rounded before the errors they leave are spread to all others
 
 Pair = tuple[Tensor, Tensor]
 
 
-def landmarks(g: Tensor, count: int, seed: int, rounds: int = KMEANS_ROUNDS) -> Tensor:
-    """Unit vectors [count, r] at the centres of clusters of the directions of g [n, r]: spherical k-means.
+class Fit(NamedTuple):
+    """How a layer was fitted: the ridge of :data:`RIDGES` with the least error on held-out inputs, and that error, relative."""
 
-    With ``rounds=0`` directions of g drawn at random.
+    ridge: float
+    error: float
+
+
+@torch.no_grad()
+def fit_rows(layer: InfPiLinear, count: int, fit: Pair, held_out: Pair, seed: int) -> Fit:
+    """Give a layer ``count`` rows with which it computes, as nearly as they can, what a layer of more rows does.
+
+    Minimises ``|features A - target|² / n + ridge tr(Aᵀ K A)`` in float64, K being the kernel of the rows, then rounds A to
+    the dtype of the layer's rows. The layer's bias and multipliers stay.
+
+    Args:
+        layer: its rows are replaced.
+        fit: what enters the layer [n, r], and what the full layer then gives [n, r_out].
+        held_out: the same for other inputs, by which the ridge is chosen.
+        seed: of the landmarks.
+
+    Raises:
+        ValueError: more rows than inputs.
+    """
+    dtype = layer.A.dtype
+    B, *bmult = directed(landmarks(fit[0], count, seed), dtype)
+    B = B.to(dtype)
+    along = B.double() if not bmult else B.double() * bmult[0].double()[:, None]
+    gram, moment = _moments(layer, along, fit)
+    kernel, scale = row_features(along, along, True), gram.diagonal().mean()
+    best = Fit(math.nan, math.inf), Tensor(), Tensor()
+    for ridge in RIDGES:
+        system = gram + ridge * scale / kernel.diagonal().mean() * kernel
+        system.diagonal().add_(JITTER * scale)
+        factor, info = torch.linalg.cholesky_ex(system)
+        if info.item() == 0:
+            A, amult = rounded(torch.cholesky_solve(moment, factor), factor, dtype)
+            layer.set_rows(A, B, amult)
+            error = relative_error(in_parts(layer, held_out[0]), held_out[1])
+            best = min(best, (Fit(ridge, error), A, amult), key=lambda found: found[0].error)
+    layer.set_rows(best[1], B, best[2])
+    return best[0]
+
+
+def landmarks(g: Tensor, count: int, seed: int) -> Tensor:
+    """Directions of ``count`` of the inputs g [n, r], drawn at random: [count, r].
 
     Raises:
         ValueError: more landmarks than inputs.
@@ -44,143 +80,55 @@ def landmarks(g: Tensor, count: int, seed: int, rounds: int = KMEANS_ROUNDS) -> 
         raise ValueError(
             f"{count:,} rows are asked for, with {len(g):,} inputs to fit to; a row needs an input of its own"
         )
-    gbar = unit(g)[0]
-    centres = gbar[epoch_order(len(g), seed, 0)[:count].to(g.device)]
-    for _ in range(rounds):
-        nearest = torch.cat([(part @ centres.T).argmax(1) for part in gbar.split(SAMPLES_AT_ONCE)])
-        # Sums of whole numbers do not depend on their order, in which a GPU adds them as it likes.
-        sums = torch.zeros(centres.shape, dtype=torch.int64, device=g.device)
-        sums.index_add_(0, nearest, (gbar * FIXED_POINT).to(torch.int64))
-        moved, length = unit(sums.double())
-        centres = torch.where(length > 0, moved.to(g.dtype), centres)
-    return centres
+    return unit(g[epoch_order(len(g), seed, 0)[:count].to(g.device)])[0]
 
 
 def row_features(g: Tensor, B: Tensor, layernorm: bool) -> Tensor:
-    """What rows B [M, r] of any length give on g [n, r], before A: ``s F00(ḡ B̄ᵀ)`` [n, M], without s under layernorm."""
+    """What rows B [M, r], of norm 1, give on g [n, r] before A: ``s F00(ḡ Bᵀ)`` [n, M], without s under layernorm."""
     gbar, s = unit(g)
-    features = F00((gbar @ unit(B)[0].T).clamp(-1, 1))
+    features = F00((gbar @ B.T).clamp(-1, 1))
     return features if layernorm else s * features
 
 
-class FewRows:
-    """A growing layer on landmarks: its A by ridge regression, then A and B to be trained.
+def rounded(A: Tensor, factor: Tensor, dtype: torch.dtype) -> Pair:
+    """Rows like A [M, n] that ``dtype`` holds, so that ``tr(Eᵀ H E)`` of what is lost, E, stays small.
 
-    Gradient descent on A and B themselves hardly moves: features are nearly collinear. So A = P C with P whitening the
-    features, B = unit(Z S) with S whitening (halfway) the directions that enter, and C, Z are what is trained.
+    One row after the other, from the last: each is moved to where it makes up for the errors so far, then rounded.
 
     Args:
-        layer: the layer to give rows to; its bias and multipliers stay.
-        B: landmarks [M, r].
-        fit: what enters the layer [n, r], and what the full layer then gives [n, r_out].
-        held_out: the same for other inputs, by which the ridge is chosen.
+        factor: the lower Cholesky factor of H [M, M].
 
-    Attributes:
-        ridge: the one of ``RIDGES`` with the least error on ``held_out``.
-        error: that error, relative.
+    Returns:
+        the rows as stored, and what each of them is multiplied by [M]: ``A`` and ``amult`` of a growing layer.
     """
-
-    @torch.no_grad()
-    def __init__(self, layer: InfPiLinear, B: Tensor, fit: Pair, held_out: Pair):
-        self.layer = layer
-        gram, A, self.ridge, self.error = self._regress(B, fit, held_out)
-        gram.diagonal().add_(WHITENING * gram.diagonal().mean())
-        factor = torch.linalg.cholesky(gram)
-        del gram
-        self.C = (factor.T @ A).float()
-        identity = torch.eye(len(B), dtype=factor.dtype, device=factor.device)
-        self.P = torch.linalg.solve_triangular(factor.T, identity, upper=True).float()
-        gbar = unit(fit[0])[0].double()
-        values, vectors = torch.linalg.eigh(gbar.T @ gbar / len(gbar))
-        values += values.mean()
-        self.S = ((vectors * values.rsqrt()) @ vectors.T).float()
-        self.Z = (B.double() @ (vectors * values.sqrt()) @ vectors.T).float()
-
-    def _regress(self, B: Tensor, fit: Pair, held_out: Pair) -> tuple[Tensor, Tensor, float, float]:
-        """Minimise |features A - target|² / n + ridge tr(Aᵀ K A), K the kernel of the rows, in float64."""
-        M, (g, target) = len(B), (fit[0], self._before_finish(fit[1]))
-        gram = torch.zeros(M, M, dtype=torch.float64, device=B.device)
-        moment = torch.zeros(M, target.shape[1], dtype=torch.float64, device=B.device)
-        for g_part, target_part in zip(g.split(SAMPLES_AT_ONCE), target.split(SAMPLES_AT_ONCE), strict=True):
-            features = row_features(g_part.double(), B.double(), self.layer.layernorm)
-            gram.addmm_(features.T, features, alpha=1 / len(g))
-            moment.addmm_(features.T, target_part.double(), alpha=1 / len(g))
-        kernel, scale = row_features(B.double(), B.double(), True), gram.diagonal().mean()
-        best = (math.inf, math.nan, torch.empty(0))
-        for ridge in RIDGES:
-            system = gram + ridge * scale / kernel.diagonal().mean() * kernel
-            system.diagonal().add_(JITTER * scale)
-            factor, info = torch.linalg.cholesky_ex(system)
-            if info.item() == 0:
-                A = torch.cholesky_solve(moment, factor)
-                best = min(best, (self._error(B, A, held_out), ridge, A), key=lambda found: found[0])
-        error, ridge, A = best
-        return gram, A, ridge, error
-
-    def _error(self, B: Tensor, A: Tensor, held_out: Pair) -> float:
-        g, out = held_out
-        return relative_error(in_parts(lambda part: self._output(part, A.float(), B), g), out)
-
-    def _before_finish(self, out: Tensor) -> Tensor:
-        """What the rows must sum to for the layer to give ``out``."""
-        return (out - self.layer.finish(torch.zeros_like(out[:1]))) / self.layer.alpha
-
-    def _output(self, g: Tensor, A: Tensor, B: Tensor) -> Tensor:
-        return self.layer.finish(row_features(g, B, self.layer.layernorm) @ A)
-
-    def __call__(self, g: Tensor) -> Tensor:
-        """[n, r] -> [n, r_out], differentiable with respect to g, C and Z."""
-        return self._output(g, self.P @ self.C, self.Z @ self.S)
-
-    @torch.no_grad()
-    def store(self) -> None:
-        """Put the rows into the layer, in its dtype."""
-        A, B = self.P @ self.C, unit(self.Z @ self.S)[0]
-        scale = row_scale(A)
-        self.layer.set_rows(A / scale[:, None], B, scale)
+    held, amult = torch.empty_like(A, dtype=dtype), A.new_empty(len(A))
+    error, diagonal = torch.zeros_like(A), factor.diagonal()[:, None]
+    for stop in range(len(A), 0, -BLOCK):
+        first = max(0, stop - BLOCK)
+        wanted = A[first:stop] + factor[stop:, first:stop].T @ error[stop:] / diagonal[first:stop]
+        for i in reversed(range(first, stop)):
+            row = wanted[i - first] + factor[i + 1 : stop, i] @ error[i + 1 : stop] / diagonal[i]
+            values, by = scaled(row[None], dtype)
+            held[i], amult[i] = values[0], by[0]
+            error[i] = A[i] - held[i].to(A.dtype) * amult[i]
+    return held, amult
 
 
-def distil(
-    layers: Sequence[FewRows],
-    g: Tensor,
-    logits: Tensor,
-    steps: int,
-    seed: int,
-    track: Callable[[Iterable[int]], Iterable[int]],
-) -> None:
-    """Train the rows of all layers to give ``logits`` [n, classes] where g [n, r] enters the first: Adam, cosine schedule."""
-    trained = [tensor.requires_grad_() for layer in layers for tensor in (layer.C, layer.Z)]
-    groups = [{"params": [t], "lr": LEARNING_RATE * t.detach().square().mean().sqrt().item()} for t in trained]
-    optimizer = torch.optim.Adam(groups)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min(1.0, (step + 1) / WARM_UP) * (1 + math.cos(math.pi * step / steps)) / 2
-    )
-    batches = _batches(len(g), seed)
-    variance = logits.square().mean()
-    with torch.enable_grad():
-        for _ in track(range(steps)):
-            batch = next(batches).to(g.device)
-            out = g[batch]
-            for layer in layers:
-                out = layer(out)
-            optimizer.zero_grad()
-            ((out - logits[batch]).square().mean() / variance).backward(inputs=trained)
-            optimizer.step()
-            schedule.step()
-    for tensor in trained:
-        tensor.requires_grad_(False)
+def _moments(layer: InfPiLinear, B: Tensor, fit: Pair) -> Pair:
+    """Mean products of the features of rows B with themselves [M, M], and with what A must make of them [M, r_out]."""
+    g, out = fit
+    gram, moment = B.new_zeros(len(B), len(B)), B.new_zeros(len(B), out.shape[1])
+    for g_part, out_part in zip(g.split(SAMPLES_AT_ONCE), out.split(SAMPLES_AT_ONCE), strict=True):
+        features = row_features(g_part.double(), B, layer.layernorm)
+        summed = (out_part - layer.finish(torch.zeros_like(out_part[:1]))) / layer.alpha
+        gram.addmm_(features.T, features, alpha=1 / len(g))
+        moment.addmm_(features.T, summed.double(), alpha=1 / len(g))
+    return gram, moment
 
 
-def _batches(n: int, seed: int):
-    epoch = 0
-    while True:
-        yield from epoch_order(n, seed, epoch).split(DISTILLATION_BATCH)
-        epoch += 1
-
-
-def in_parts(function: Callable[[Tensor], Tensor], g: Tensor) -> Tensor:
-    """``function`` over g part by part, joined."""
-    return torch.cat([function(part) for part in g.split(SAMPLES_AT_ONCE)])
+def in_parts(layer: InfPiLinear, g: Tensor) -> Tensor:
+    """A layer's output on g [n, r], part by part, in float32."""
+    return torch.cat([layer(part).float() for part in g.split(SAMPLES_AT_ONCE)])
 
 
 def relative_error(found: Tensor, wanted: Tensor) -> float:

@@ -10,19 +10,18 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from pizoo.compaction.fit import KMEANS_ROUNDS, FewRows, distil, in_parts, landmarks, relative_error
+from pizoo.compaction.fit import fit_rows, in_parts, relative_error
 from pizoo.data import epoch_order
 from pizoo.evaluation.accuracy import accuracy
 from pizoo.models import InfPiMLP
 from pizoo.nn import check_positive
 
 ROWS = 8000
-STEPS = 10_000
-READOUT_SHARE = 4  # a read-out does with fewer rows: of nets of one size, those with about a quarter agreed best
+READOUT_SHARE = 2  # a read-out does with fewer rows
 VIEWS = 6
 SHIFT = 0.1  # of an image's side: how far a view is moved, at most
 HELD_OUT = 0.1
-ROWS_DTYPE = torch.float16
+ROWS_DTYPE = torch.int8
 SAMPLES_AT_ONCE = 500
 ASKED_AT_ONCE = 4096  # of the full net: rows on the host stream to the device once for each such part
 
@@ -34,7 +33,6 @@ def compact(
     x: Tensor,
     rows: int | Sequence[int] = ROWS,
     *,
-    steps: int = STEPS,
     dtype: torch.dtype = ROWS_DTYPE,
     views: int = VIEWS,
     seed: int = 0,
@@ -43,18 +41,16 @@ def compact(
     """A net of few rows that computes what ``model`` does; it trains and grows on like any other.
 
     Input layer and biases stay, the input layer rounded to float16. Each growing layer, on top of the small ones below it,
-    gets landmarks by k-means and its ``A`` by ridge regression on what the full layer gives; then all of them are trained
-    to give the full net's logits (distillation).
+    gets landmarks and an ``A`` by ridge regression on what the full layer gives (:mod:`pizoo.compaction.fit`).
 
     Args:
         model: the net; its device is where all is computed, wherever its rows are (``rows_on``).
         x: its training inputs, as it takes them, [n, d] or images [n, C, H, W], on any device.
-        rows: of each hidden layer, with a quarter as many for the read-out; or one number per growing layer.
-        steps: of distillation; 0: none.
-        dtype: of the rows: float16, or int8, of which twice as many fit a file.
+        rows: of each hidden layer, with half as many for the read-out; or one number per growing layer.
+        dtype: of the rows: int8, of which twice as many fit a file, or float16.
         views: of each image to fit to: itself, its mirror image, others also moved a little. The full net answers on
             those as on images it has not met, and it takes that many times as long to ask it. Vectors have one view.
-        seed: of held-out inputs, views, landmarks and batches: one seed, machine and version of torch give one net.
+        seed: of held-out inputs, views and landmarks: one seed, machine and version of torch give one net.
         progress: show progress bars.
 
     Returns:
@@ -65,7 +61,7 @@ def compact(
         TypeError: ``model`` is no InfPiMLP.
         ValueError: x of another shape than the net takes; more rows than the net has, or than there are inputs.
     """
-    return Full(model, x, views=views, seed=seed, progress=progress).fit(rows, steps, dtype)
+    return Full(model, x, views=views, seed=seed, progress=progress).fit(rows, dtype)
 
 
 class Full:
@@ -127,51 +123,24 @@ class Full:
                     outputs.append(layer(part.to(layer.A.dtype)).float())
         return torch.cat(found[0]), torch.cat(found[1])
 
-    def fit(
-        self,
-        rows: int | Sequence[int],
-        steps: int = STEPS,
-        dtype: torch.dtype = ROWS_DTYPE,
-        kmeans_rounds: int = KMEANS_ROUNDS,
-    ) -> InfPiMLP:
-        """The small net; see :func:`compact`. Without ``kmeans_rounds`` landmarks are random."""
+    @torch.no_grad()
+    def fit(self, rows: int | Sequence[int], dtype: torch.dtype = ROWS_DTYPE) -> InfPiMLP:
+        """The small net; see :func:`compact`."""
         counts = row_counts(rows, self.counts)
-        if steps < 0:
-            raise ValueError(f"steps is {steps}; it must be at least 0")
-        with torch.no_grad():
-            net = copy.deepcopy(self.net)
-            for layer in net.growing_layers.values():
-                layer.to_rows_dtype(dtype)
-            layers, g = [], self.entering
-            names = self._track(net.growing_layers, f"{sum(counts):,} rows, ridge regression", len(counts))
-            for i, (name, count) in enumerate(zip(names, counts, strict=True)):
-                B = landmarks(g["fit"], count, self.seed, kmeans_rounds)
-                fit, held_out = ((g[part], self.outputs[part][i]) for part in ("fit", "held out"))
-                layers.append(FewRows(net.growing_layers[name], B, fit, held_out))
-                g = {part: in_parts(layers[i], g[part]) for part in g}
-                layers[i].store()
-            before = copy.deepcopy(net)
-        if steps:
-            fit = self.entering["fit"], self.outputs["fit"][-1]
-            distil(
-                layers,
-                *fit,
-                steps,
-                self.seed,
-                lambda each: self._track(each, f"{sum(counts):,} rows, distillation", steps),
-            )
-            for layer in layers:
-                layer.store()
-        found = {"distilled": self.measure(net, "held out"), "regressed": self.measure(before, "held out")}
-        better = min(found, key=lambda which: found[which]["logits_error"])
-        net = net if better == "distilled" else before
+        net, g, fits = copy.deepcopy(self.net), self.entering, {}
+        names = self._track(net.growing_layers, f"{sum(counts):,} rows", len(counts))
+        for i, (name, count) in enumerate(zip(names, counts, strict=True)):
+            layer = net.growing_layers[name]
+            layer.to_rows_dtype(dtype)
+            fit, held_out = ((g[part], self.outputs[part][i]) for part in ("fit", "held out"))
+            fits[name] = fit_rows(layer, count, fit, held_out, self.seed)
+            g = {part: in_parts(layer, inputs) for part, inputs in g.items()}
         net.compacted = {
             "rows": dict(zip(self.counts, counts, strict=True)),
             "full_rows": self.counts,
             "seed": self.seed,
-            "steps": steps if better == "distilled" else 0,
-            "ridge": dict(zip(self.counts, (layer.ridge for layer in layers), strict=True)),
-            "held_out": found[better],
+            "fits": {name: fit._asdict() for name, fit in fits.items()},
+            "held_out": self.measure(net, "held out"),
         }
         return net
 

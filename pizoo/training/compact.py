@@ -57,7 +57,7 @@ def compact_net(
     part, sizes = "held out" if dataset.test_x is None else "test", []
     for share in CURVE if curve else (1,):
         begin = time.perf_counter()
-        net = full.fit(max(READOUT_SHARE, int(share * rows)), settings.steps, dtype)
+        net = full.fit(max(READOUT_SHARE, int(share * rows)), dtype)
         size = {**net.compacted, "seconds": time.perf_counter() - begin, "bytes": stored_bytes(net)}
         size |= {"measured_on": part, **full.measure(net, part)}
         if whole is not None:
@@ -125,7 +125,7 @@ def stored_bytes(net: InfPiMLP) -> int:
 
 
 def rows_within(model: InfPiMLP, megabytes: float, dtype: torch.dtype) -> int:
-    """How many rows a hidden layer may have (a read-out a quarter) for a net like ``model`` to be stored in ``megabytes``.
+    """How many rows a hidden layer may have (a read-out half) for a net like ``model`` to be stored in ``megabytes``.
 
     Raises:
         ValueError: not even one row fits.
