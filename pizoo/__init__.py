@@ -20,6 +20,7 @@ __version__ = "0.1.0"
 
 # What is heavy to import (recipes, training) is imported when first used.
 _LAZY = {
+    "compact": "pizoo.compaction.full",
     "evaluate": "pizoo.evaluation.entries",
     "feature_kernel": "pizoo.evaluation.features",
     "load_recipe": "pizoo.recipes",
@@ -30,7 +31,17 @@ _LAZY = {
 
 from pizoo.zoo import list_entries, load  # noqa: E402 (after __version__, which checkpoints record)
 
-__all__ = ["evaluate", "feature_kernel", "list_entries", "load", "load_recipe", "publish", "train", "verify"]
+__all__ = [
+    "compact",
+    "evaluate",
+    "feature_kernel",
+    "list_entries",
+    "load",
+    "load_recipe",
+    "publish",
+    "train",
+    "verify",
+]
 
 
 def __getattr__(name: str) -> Any:

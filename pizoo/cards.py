@@ -15,7 +15,7 @@ from pizoo import checkpoint
 from pizoo.data import ASSETS, dataset_path
 from pizoo.evaluation.accuracy import paired_difference
 from pizoo.evaluation.fewshot import SPLITS, TaskAccuracy
-from pizoo.plots import CURVES, draw_curves
+from pizoo.plots import CURVES, SIZES, draw_curves, draw_sizes
 from pizoo.recipes import Recipe, decisive
 from pizoo.zoo import TUNED
 
@@ -127,6 +127,8 @@ def write_card(folder: Path) -> Path:
     card = _Card.read(folder)
     if card.curves:
         draw_curves(folder / CURVES, card.results["seeds"], card.published and card.published["accuracy"])
+    if card.compact:
+        draw_sizes(folder / SIZES, card.compact)
     path, text = folder / "README.md", card_text(folder)
     checkpoint.write_atomically(path, lambda temporary: temporary.write_text(text))
     return path
@@ -198,6 +200,11 @@ class _Card:
     def count(self) -> int:
         """How many test images, or tasks."""
         return len(self.correct[checkpoint.SHIPPED])
+
+    @property
+    def compact(self) -> dict[str, Any] | None:
+        """Of a checkpoint that is a compact net, what is recorded of how it was made."""
+        return self.results.get("compact")
 
     @property
     def unit(self) -> str:
@@ -274,6 +281,9 @@ def _headline(card: _Card) -> str:
     told = [f"**{_mean(results)} %** of {measured_on} are classified correctly{card.chosen}{over}."]
     if card.recipe["train"] and not card.tasks:
         told.append(f"Best epochs, test-selected: {results['mean_best_epoch_accuracy']:.2f} %.")
+    if card.compact:
+        megabytes = card.compact["sizes"][-1]["bytes"] / 1e6
+        told.append(f"This checkpoint, a compact net of {megabytes:.0f} MB: {results['accuracy']:.2f} %.")
     if "tuned" in results:
         told.append(f"Tuned on held-out training images: {results['tuned']['accuracy']:.2f} %.")
     return " ".join([*told, published]).rstrip()
@@ -331,6 +341,8 @@ def _sections(card: _Card) -> Iterator[tuple[str, str]]:
     """Titles and texts, in the order a reader asks."""
     if card.results:
         yield "Numbers", _task_numbers(card) if card.tasks else _numbers(card)
+    if card.compact:
+        yield "A compact net", _compact(card)
     yield "The published number", _published(card)
     if compared := list(_compared(card)):
         yield f"Beside the others, on the same {card.unit}s", "\n".join([COMPARED.format(unit=card.unit), *compared])
@@ -349,6 +361,7 @@ COMPARED = (
 def _numbers(card: _Card) -> str:
     """The recorded accuracies as a table: this checkpoint, every run, their mean; where and when they were measured."""
     results, trained = card.results, card.recipe["train"] is not None
+    made_of = f"{'compact, of ' if card.compact else ''}{card.run} {results['shipped_seed']}"
 
     def row(name: str, accuracy: str, best: str, time: str) -> str:
         return "| " + " | ".join((name, accuracy, best, time) if trained else (name, accuracy, time)) + " |"
@@ -358,7 +371,7 @@ def _numbers(card: _Card) -> str:
         "",
         row("", "after the last epoch" if trained else "accuracy", "best epoch, test-selected", "time"),
         row("---", "---", "---", "---"),
-        row(f"**this checkpoint** ({card.run} {results['shipped_seed']})", f"**{results['accuracy']:.2f}**", "", ""),
+        row(f"**this checkpoint** ({made_of})", f"**{results['accuracy']:.2f}**", "", ""),
     ]
     for run in results["seeds"]:
         best = f"{run['best_epoch']['accuracy']:.2f} (epoch {run['best_epoch']['epoch']})"
@@ -499,6 +512,42 @@ def _training(card: _Card) -> str:
         f"To run it again: `pizoo train {recipe['entry']}`; all of it, this card included: `pizoo reproduce {recipe['entry']}`."
         f"{picture if (card.folder / CURVES).exists() else ''}"
     )
+
+
+def _compact(card: _Card) -> str:
+    """What the shipped net was made of, and how near it comes at this and smaller sizes."""
+    made, full = card.compact, _rows(card.compact["full_rows"])
+    entry = card.recipe["entry"]
+    lines = [
+        f"The net that was trained has {full} rows in its growing layers. The checkpoint here computes nearly the same with "
+        f"{_rows(made['sizes'][-1]['rows'])}: landmarks drawn from the training images, a ridge regression layer on layer, "
+        f"rounded to {card.recipe['compact']['dtype']} so that the errors make up for each other; no test image had a part "
+        f"in it. It is a net like any other: it trains and grows on. Accuracies and equal predictions in percent, on the test "
+        f"part; the logits' relative error beside them.",
+        "",
+        "| net | rows | size | accuracy | predictions equal to the full net's | error | time |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+        f"| full | {full} |  | {made['full_accuracy']:.2f} |  |  |  |",
+    ]
+    for size in made["sizes"]:
+        numbers = f"{size['accuracy']:.2f} | {size['agreement']:.2f} | {size['logits_error']:.3f}"
+        lines.append(
+            f"| compact | {_rows(size['rows'])} | {size['bytes'] / 1e6:.1f} MB | {numbers} | {duration(size['seconds'])} |"
+        )
+    return "\n".join(
+        [
+            *lines,
+            "",
+            f"![Agreement and accuracy against size]({SIZES})",
+            "",
+            f"Made on {made['hardware']}, {made['date']}. To make one of another size from a full net: `pizoo compact FOLDER "
+            f"--megabytes 10 --out {entry}-10mb`.",
+        ]
+    )
+
+
+def _rows(rows: dict[str, int]) -> str:
+    return " + ".join(f"{count:,}" for count in rows.values())
 
 
 def _settings(model: dict[str, Any]) -> str:

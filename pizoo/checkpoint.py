@@ -189,6 +189,8 @@ def describe(model: nn.Module) -> dict[str, Any]:
     described = {"class": type(model).__name__, "hparams": model.hparams}
     if rows := next((module for module in model.modules() if isinstance(module, Rows)), None):
         described["rows_dtype"] = str(rows.A.dtype).removeprefix("torch.")
+    if (compacted := getattr(model, "compacted", None)) is not None:
+        described["compacted"] = compacted
     return described
 
 
@@ -236,6 +238,12 @@ def build(description: Mapping[str, Any], device=None, dtype: torch.dtype | None
         raise CheckpointError(f"the checkpoint's hyper-parameters do not fit {name}: {error}") from None
 
 
+def packed(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """``state`` with float32 tensors in float16 where that holds every number exactly: a smaller file, the same net."""
+    short = {name: tensor.half() for name, tensor in state.items() if tensor.dtype == torch.float32}
+    return {**state, **{name: tensor for name, tensor in short.items() if torch.equal(tensor.float(), state[name])}}
+
+
 def save(
     folder: Path,
     model: nn.Module,
@@ -254,7 +262,7 @@ def save(
     with tempfile.TemporaryDirectory(prefix=".saving-", dir=folder) as scratch:
         staged = Path(scratch)
         digests = {
-            MODEL: write_tensors(staged / MODEL, model.state_dict()),
+            MODEL: write_tensors(staged / MODEL, packed(model.state_dict())),
             PROBE: write_tensors(staged / PROBE, probe),
         }
         write_json(staged / CONFIG, complete(config, model, digests))
@@ -363,6 +371,8 @@ def load(
         if is_out_of_memory(error):
             raise
         raise CheckpointError(f"{folder} does not hold what its {CONFIG} says: {error}") from None
+    if "compacted" in config["pizoo"]:
+        model.compacted = config["pizoo"]["compacted"]
     return model.eval(), config
 
 

@@ -1,5 +1,5 @@
-"""The command line: ``pizoo list | train | evaluate | predict | verify | reproduce | card | overview | publish |
-data``."""
+"""The command line: ``pizoo list | train | evaluate | predict | verify | reproduce | compact | card | overview |
+publish | data``."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import sys
 import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any, Literal, NoReturn
 
 import typer
 from rich import box
@@ -60,7 +60,8 @@ def list_command(pattern: Annotated[str, typer.Argument(help="Glob pattern.")] =
         split = f" ({recorded['split']})" if "split" in recorded else ""
         timm_name = f"{config['architecture']}.{config['pretrained_cfg']['tag']}" if config["architecture"] else "–"
         published = config["recipe"]["published"]
-        weights = "here" if zoo.has_weights(entry) else "none: train it"
+        held = "here, compact" if config["pizoo"].get("compacted") else "here"
+        weights = held if zoo.has_weights(entry) else "none: train it"
         accuracy = _percent(recorded.get("accuracy")) + split
         rows.append((entry, timm_name, accuracy, _percent(published and published["accuracy"]), weights))
     _print_table(("entry", "timm name", "accuracy", "published", "weights"), rows)
@@ -392,6 +393,44 @@ def publish(
         highlight=False,
         soft_wrap=True,
     )
+
+
+@app.command()
+def compact(
+    source: Annotated[str, typer.Argument(help="An entry's name, or the folder of a checkpoint.")],
+    out_dir: Annotated[Path, typer.Option("--out", help="Folder for the compact checkpoint.")],
+    rows: Annotated[
+        int | None,
+        typer.Option(min=1, help="Rows of each hidden layer; the read-out gets half (what --megabytes hold)."),
+    ] = None,
+    megabytes: Annotated[float, typer.Option(min=0.001, help="Size of the file, at most.")] = 25.0,
+    dtype: Annotated[Literal["int8", "float16"], typer.Option(help="Of the rows; of int8 twice as many fit.")] = "int8",
+    views: Annotated[int, typer.Option(min=1, help="Views of each image to fit to, mirrored and moved.")] = 6,
+    curve: Annotated[bool, typer.Option("--curve", help="Measure smaller sizes as well, and draw them.")] = False,
+    epoch: Annotated[int | None, typer.Option(help="Epoch of a training checkpoint (the last).")] = None,
+    data: Data = None,
+    device: Device = None,
+) -> None:
+    """Make a net that computes the same with fewer rows: one small file."""
+    from pizoo.recipes import Compact
+    from pizoo.training.compact import compact_checkpoint
+
+    settings = Compact(megabytes=megabytes, rows=rows, dtype=dtype, views=views)
+    options = {"epoch": epoch, "data_dir": data, "device": device, "progress": err.is_terminal}
+    results = compact_checkpoint(source, out_dir, settings, curve=curve, **options)
+    made = results["compact"]
+    table = [("full net", _counts(made["full_rows"]), "–", _percent(made["full_accuracy"]), "–")]
+    for size in made["sizes"]:
+        megabytes = f"{size['bytes'] / 1e6:.1f} MB"
+        table.append(
+            ("compact", _counts(size["rows"]), megabytes, _percent(size.get("accuracy")), _percent(size["agreement"]))
+        )
+    _print_table(("net", "rows", "size", "accuracy", "equal predictions"), table)
+    out.print(f"checkpoint: {out_dir}", markup=False, soft_wrap=True)
+
+
+def _counts(rows: dict[str, int]) -> str:
+    return " + ".join(f"{count:,}" for count in rows.values())
 
 
 @data_app.command("prepare")

@@ -140,6 +140,10 @@ class InfPiLinear(Rows):
             # The rows to come contribute nothing yet; their gradient is what they will be.
             scale = gbar.new_ones(()) if self.layernorm else s
             out = out + _NewRows.apply(self.A.leaf, self, gbar, scale, out.dtype)
+        return self.finish(out)
+
+    def finish(self, out: Tensor) -> Tensor:
+        """What comes after the sum over rows [b, out_features]: ``alpha (out + bias_alpha bias)``."""
         if self.bias is not None:
             out = out + self.bias_alpha * self.bias
         return self.alpha * out if self.alpha != 1 else out

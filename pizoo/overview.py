@@ -21,8 +21,9 @@ What an entry's folder here holds is what its repository on the Hugging Face Hub
 (`config.json`), its weights and a probe of them, every number recorded and which test images were right.
 """
 LEGEND = """\
-Accuracies in percent; measured: the mean over seeds ± its standard error, tuned: with settings chosen on held-out training
-images; weights: what loading reads; a training: mean wall time of one, evaluation and saving included, and where it ran."""
+Accuracies in percent. Measured: the mean over seeds ± its standard error; tuned: with settings chosen on held-out training
+images; compact: of the net that ships, made of a full one. Weights: what loading reads. A training: mean wall time of one,
+evaluation and saving included, and where it ran."""
 
 
 def write_overview(cards: Path, readme: Path) -> list[Path]:
@@ -70,7 +71,7 @@ def _cells(card: Path, links: str) -> Iterator[str]:
     yield f"`{config['architecture']}.{config['pretrained_cfg']['tag']}`" if config["architecture"] else "–"
     yield _data(recipe)
     yield f"{recipe['published']['accuracy']:.2f}" if recipe["published"] else "–"
-    yield _measured(results) if results else "–"
+    yield _measured(results) if "seeds" in results else "–"
     weights = card / checkpoint.MODEL
     yield _size(weights.stat().st_size) if weights.exists() else "–"
     yield (
@@ -92,4 +93,9 @@ def _data(recipe: dict[str, Any]) -> str:
 def _measured(results: dict[str, Any]) -> str:
     error = "" if results["standard_error"] is None else f" ± {results['standard_error']:.2f}"
     tuned = f"; tuned {results['tuned']['accuracy']:.2f}" if "tuned" in results else ""
-    return f"{results['mean_accuracy']:.2f}{error}{tuned}"
+    compact = f"; compact {results['accuracy']:.2f}" if "compact" in results else ""
+    return f"{results['mean_accuracy']:.2f}{error}{tuned}{compact}"
+
+
+def _time(results: dict[str, Any]) -> str:
+    return f"{duration(results['total_wall_seconds'] / len(results['seeds']))}, {results['hardware']}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from pizoo import checkpoint
 log = logging.getLogger("pizoo")
 
 CURVES = "curves.png"
+SIZES = "sizes.png"
 ACCURACIES = {  # of a curve: the axis they are drawn on
     "test_accuracy": "test accuracy in percent",
     "validation_accuracy": "validation accuracy (rotated) in percent",
@@ -27,25 +29,58 @@ def draw_curves(path: Path, records: list[dict[str, Any]], published: float | No
     Returns:
         whether there is a picture: False, and a warning in the log, without matplotlib.
     """
+    (measured,) = ACCURACIES.keys() & records[0]["curve"]
+
+    def draw(left, right) -> None:
+        for record in records:
+            for axes, key in ((left, "train_loss"), (right, measured)):
+                values = record["curve"][key]
+                axes.plot(range(1, len(values) + 1), values, linewidth=1.2, label=f"seed {record['seed']}")
+        left.set(xlabel="epoch", ylabel="training loss", yscale="log")
+        right.set(xlabel="epoch", ylabel=ACCURACIES[measured])
+        if published is not None and measured == "test_accuracy":
+            right.axhline(published, color="black", linestyle=":", linewidth=1, label="published")
+        right.legend(frameon=False)
+
+    return _drawn(path, draw)
+
+
+def draw_sizes(path: Path, record: dict[str, Any]) -> bool:
+    """Draw how well compact nets of growing size agree with the full net, and both their accuracies, as a PNG.
+
+    Args:
+        record: of :func:`pizoo.training.compact.compact_net`.
+
+    Returns:
+        as :func:`draw_curves`.
+    """
+    sizes, whole = record["sizes"], record["full_accuracy"]
+    megabytes = [size["bytes"] / 1e6 for size in sizes]
+
+    def draw(left, right) -> None:
+        left.plot(megabytes, [size["agreement"] for size in sizes], "o-", linewidth=1.2)
+        left.set(xlabel="size in MB", ylabel="predictions equal to the full net's, in percent", xscale="log")
+        right.set(xlabel="size in MB", ylabel=ACCURACIES["test_accuracy"], xscale="log")
+        if whole is not None:
+            right.plot(megabytes, [size["accuracy"] for size in sizes], "o-", linewidth=1.2, label="compact")
+            right.axhline(whole, color="black", linestyle=":", linewidth=1, label="full net")
+            right.legend(frameon=False)
+
+    return _drawn(path, draw)
+
+
+def _drawn(path: Path, draw: Callable[[Any, Any], None]) -> bool:
+    """Write what ``draw`` puts on two axes; False, and a warning, without matplotlib."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
         log.warning("no %s: drawing it needs matplotlib (pip install 'pizoo[extras]')", path)
         return False
     figure = Figure(figsize=(10, 3.8), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    (measured,) = ACCURACIES.keys() & records[0]["curve"]
-    for record in records:
-        for axes, key in ((left, "train_loss"), (right, measured)):
-            values = record["curve"][key]
-            axes.plot(range(1, len(values) + 1), values, linewidth=1.2, label=f"seed {record['seed']}")
-    left.set(xlabel="epoch", ylabel="training loss", yscale="log")
-    right.set(xlabel="epoch", ylabel=ACCURACIES[measured])
-    if published is not None and measured == "test_accuracy":
-        right.axhline(published, color="black", linestyle=":", linewidth=1, label="published")
-    right.legend(frameon=False)
-    for axes in (left, right):
-        axes.spines[["top", "right"]].set_visible(False)
+    axes = figure.subplots(1, 2)
+    draw(*axes)
+    for each in axes:
+        each.spines[["top", "right"]].set_visible(False)
     # Without the version of what drew it, the same curves are the same file.
     options = {"dpi": 110, "format": "png", "metadata": {"Software": None}}
     checkpoint.write_atomically(path, lambda temporary: figure.savefig(temporary, **options))

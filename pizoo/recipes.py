@@ -47,7 +47,7 @@ NonNegative = Annotated[float, Field(ge=0, le=1e6)]
 Counts = Annotated[tuple[Count, ...], Strict(False)]
 
 
-ENTRYS_OWN = ("entry", "description", "published", "differs", "seeds", "tolerance", "tune")
+ENTRYS_OWN = ("entry", "description", "published", "differs", "seeds", "tolerance", "tune", "compact")
 KERNELS = {"nngp": NNGPRegressor, "ntk": NTKRegressor}
 KERNEL_LEARNERS = {"nngp": NNGPLearner, "ntk": NTKLearner}
 
@@ -328,6 +328,15 @@ class Tune(_Part):
         return [dict(zip(self.grid, values, strict=True)) for values in itertools.product(*self.grid.values())]
 
 
+class Compact(_Part):
+    """How the net that is shipped is made of the one that was trained; see :func:`pizoo.compact`."""
+
+    megabytes: Positive = 25.0  # of 10⁶ bytes: the file's size, at most
+    rows: Count | None = None  # of each hidden layer, half as many for the read-out; None: as many as fit
+    dtype: Literal["int8", "float16"] = "int8"
+    views: Annotated[int, Field(ge=1, le=1000)] = 6  # of each training image
+
+
 class Published(_Part):
     """A number in print, and how it was measured."""
 
@@ -366,7 +375,8 @@ class Recipe(_Part):
     differs: Annotated[str, Field(min_length=1)] | None = None  # in what the numbers differ from the published, and why
     tolerance: Tolerance = Tolerance()
     tune: Tune | None = None
-    only_if_given: ClassVar[tuple[str, ...]] = ("tasks",)
+    compact: Compact | None = None  # None: what was trained is shipped
+    only_if_given: ClassVar[tuple[str, ...]] = ("tasks", "compact")
 
     @model_validator(mode="before")
     @classmethod
@@ -387,6 +397,14 @@ class Recipe(_Part):
         if self.train and self.train.dtype == "int8" and not isinstance(self.model, InfPi):
             raise ValueError(
                 f"train.dtype: found 'int8', which is for rows of growing layers; a {self.model.kind} has none"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_compact(self) -> Recipe:
+        if self.compact and (self.tasks is not None or not isinstance(self.model, InfPi)):
+            raise ValueError(
+                "compact: must be left out, it is for supervised nets of model.kind infpi, whose rows grow"
             )
         return self
 

@@ -19,13 +19,13 @@ from huggingface_hub.utils.sha import git_hash
 from pizoo import __version__, checkpoint, hub, zoo
 from pizoo.checkpoint import CONFIG, CORRECT, MANIFEST, MODEL, RESULTS, CheckpointError
 from pizoo.hub import FULL, Address, HubError, explained
-from pizoo.plots import CURVES
+from pizoo.plots import CURVES, SIZES
 from pizoo.zoo import TUNED
 
 log = logging.getLogger("pizoo")
 
 CARD = "README.md"
-SHOWN = (CARD, RESULTS, CORRECT, CURVES)  # beside the files that a checkpoint names itself, if they are there
+SHOWN = (CARD, RESULTS, CORRECT, CURVES, SIZES)  # beside the files that a checkpoint names itself, if they are there
 MAIN = "main"
 
 

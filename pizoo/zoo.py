@@ -144,6 +144,26 @@ def has_weights(entry: str) -> bool:
     return (card(entry) / checkpoint.MODEL).is_file()
 
 
+def check_weights(folder: Path) -> None:
+    """Raise WeightsNotFoundError for the folder of a card without weights."""
+    if folder.parent == cards_dir() and not (folder / checkpoint.MODEL).is_file():
+        raise WeightsNotFoundError(
+            f"the weights of {folder.name!r} are not in {folder}; train them with `pizoo train {folder.name}`, then load "
+            f"the folder that it writes, or load the net untrained with pretrained=False; where somebody has published it, "
+            f"set {hub.NAMESPACE} to whose it is on the Hub"
+        )
+
+
+def _compact_of(config: dict[str, Any]) -> str:
+    """What the log says of a compact net: that it is one, and of what; nothing of other nets."""
+    if (compacted := config["pizoo"].get("compacted")) is None:
+        return ""
+    rows, full = (" + ".join(f"{count:,}" for count in compacted[key].values()) for key in ("rows", "full_rows"))
+    scores = [compacted.get(key) for key in ("accuracy", "full_accuracy")]
+    scored = "" if None in scores else ", {:.2f} % on the test set, the full net {:.2f} %".format(*scores)
+    return f": a compact net, {rows} rows for the full net's {full}{scored}"
+
+
 def load(
     entry: str | os.PathLike,
     pretrained: bool = True,
@@ -187,13 +207,9 @@ def load(
         if isinstance(model, InfPiMLP) and rows_on != "auto":
             model.keep_rows_on(rows_on)
     else:
-        if folder.parent == cards_dir() and not (folder / checkpoint.MODEL).is_file():
-            raise WeightsNotFoundError(
-                f"the weights of {folder.name!r} are not in {folder}; train them with `pizoo train {folder.name}`, then load "
-                f"the folder that it writes, or load the net untrained with pretrained=False; where somebody has published it, "
-                f"set {hub.NAMESPACE} to whose it is on the Hub"
-            )
+        check_weights(folder)
         model, found = checkpoint.load(folder, epoch, device, dtype, rows_on)
+        log.info("loaded %s from %s%s", entry, folder, _compact_of(found))
         if isinstance(model, KernelRegressor):
             _attach_shipped(model, found)
     model.config = found

@@ -287,7 +287,7 @@ def test_weights_are_looked_for_at_a_path_then_at_the_card_then_on_the_hub(scene
     def log_of(name):
         caplog.clear()
         pizoo.load(name)
-        return caplog.messages[-1]
+        return caplog.messages[0]
 
     assert log_of(scene.training()) == f"{scene.training()}: the folder {scene.training()}"
     assert log_of(ENTRY) == f"{ENTRY}: its card, {cards / ENTRY}"

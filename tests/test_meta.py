@@ -324,8 +324,10 @@ def test_replayed_outer_steps_agree_with_the_plain_loop_on_a_gpu(kind, pools):
     for a, b in zip(engine.history, plain.history, strict=True):
         assert a["train_loss"] == pytest.approx(b["train_loss"], rel=1e-3)
     wanted = plain.model.state_dict()
+    # A unit of a finite net may be at its kink for one of the 90 samples of a step: on in one run, off in the other.
+    close = 1e-3 if kind == "infpi" else 1e-2
     for name, tensor in engine.model.state_dict().items():
-        assert (tensor - wanted[name]).norm() <= 1e-3 * wanted[name].norm(), name
+        assert (tensor - wanted[name]).norm() <= close * wanted[name].norm(), name
 
 
 @pytest.mark.parametrize("override", ["tasks.first_order=true", "train.last_layer_lr_mult=1.0", "train.momentum=0.9"])
@@ -365,7 +367,7 @@ def test_a_training_with_rows_on_the_host_is_the_same_training(whole, stopped_af
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_on_a_gpu_a_training_with_rows_on_the_host_is_the_same_training(pools, tmp_path):
     recipe = small("infpi", "model.r=64")
-    resident = pizoo.train(recipe, dataset=pools, device="cuda")
+    resident = pizoo.train(recipe, dataset=pools, device="cuda", engine=False)
     with pytest.warns(RuntimeWarning, match="stream to cuda"):
         streaming = pizoo.train(recipe, tmp_path, dataset=pools, device="cuda", rows_on="host")
     assert streaming.model.hidden[0].A.is_pinned()

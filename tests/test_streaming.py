@@ -705,12 +705,17 @@ STEPS = ("model.r=64", "data.subset=600", "train.epochs=2", "train.batch_size=16
 
 @pytest.mark.parametrize("chunk", [1 << 26, 1 << 15], ids=["one chunk", "many chunks"])
 @pytest.mark.parametrize(
-    "more",
-    [(), MOMENTUM, ("train.dtype=float16",), ("train.dtype=int8",)],
+    "more, close",
+    [
+        (("train.dtype=float32",), 1e-3),
+        (("train.dtype=float32", *MOMENTUM), 1e-3),
+        (("train.dtype=float16",), 2e-2),
+        (("train.dtype=int8", "data.subset=96"), 2e-2),  # sums in another order round to other rows: few steps
+    ],
     ids=["plain", "momentum", "float16", "int8"],
 )
 @on_a_gpu
-def test_on_a_gpu_a_training_with_rows_on_the_host_is_the_same_training(monkeypatch, tmp_path, more, chunk):
+def test_on_a_gpu_a_training_with_rows_on_the_host_is_the_same_training(monkeypatch, tmp_path, more, close, chunk):
     monkeypatch.setattr(streamed, "CHUNK_BYTES", chunk)
     recipe = load_recipe("digits_infpi", (*STEPS, *more))
     resident = pizoo.train(recipe, device="cuda", engine=False)
@@ -723,7 +728,7 @@ def test_on_a_gpu_a_training_with_rows_on_the_host_is_the_same_training(monkeypa
     x = recipe.data.normalize(recipe.data.load().test_x.cuda())
     with torch.no_grad():
         wanted = resident.model(x)
-        assert (streaming.model(x) - wanted).norm() <= 2e-2 * wanted.norm()
+        assert (streaming.model(x) - wanted).norm() <= close * wanted.norm()
         loaded = pizoo.load(tmp_path, device="cuda", rows_on="host")
         assert torch.equal(loaded(x), streaming.model(x))
         assert loaded.cuda().output.A.device == CPU and loaded.cpu().keep_rows_on("device").cuda().output.A.is_cuda
@@ -791,8 +796,9 @@ def test_a_gpu_that_is_really_full_is_told_and_training_goes_on(pizoo_command, m
 
 
 KILLED = """
-import os, signal, sys
+import os, signal, sys, time
 import pizoo
+from pizoo import checkpoint
 from pizoo.recipes import load_recipe
 from pizoo.training import supervised
 from pizoo.training.engine import Engine
@@ -806,6 +812,8 @@ def counted(step):
         global steps
         steps += 1
         if point == "step" and steps == 38 + 9:
+            while not checkpoint.read_manifest(folder)["epochs"]:  # it is being written while the next epoch trains
+                time.sleep(0.01)
             os.kill(os.getpid(), signal.SIGKILL)
         return step(*args)
     return run

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -29,6 +31,9 @@ class InfPiMLP(PiNet):
         rows_dtype: of the rows of growing layers, where nearly all memory is; None: ``dtype``. float16 rows under float32
             inputs and biases is how the zoo's nets are trained. int8 (a scale per row) takes half of that memory.
 
+    Attributes:
+        compacted: of a net made by :func:`pizoo.compact`, what it was made of; else None.
+
     State: ``input.A [d_in, r]``, ``input.bias [r]``, ``hidden.{i}.A [M, r] | B [M, r] | amult [M] | bias [r]``,
     ``output.A [M, d_out] | B | amult | bias [d_out]``.
 
@@ -36,6 +41,8 @@ class InfPiMLP(PiNet):
         ValueError: sizes not positive, multipliers not finite.
         TypeError: a ``dtype`` that is not floating-point, a ``rows_dtype`` that is neither that nor int8.
     """
+
+    compacted: dict[str, Any] | None = None
 
     def __init__(
         self,

@@ -14,8 +14,10 @@ from pizoo import checkpoint
 from pizoo.cards import write_card
 from pizoo.evaluation.accuracy import choose_device, correct, percent, predict
 from pizoo.evaluation.entries import attach_training_images
+from pizoo.plots import SIZES, draw_sizes
 from pizoo.recipes import Recipe
 from pizoo.training import meta
+from pizoo.training.compact import compact_net
 from pizoo.training.seeds import summary, train_seeds
 from pizoo.training.supervised import TrainResult
 from pizoo.training.tune import tune
@@ -83,7 +85,13 @@ def _ship(outcome: TrainResult, card: Path, data_dir: str | os.PathLike | None) 
     if recipe.tasks is not None:
         measured = meta.ship(outcome, card, dataset)
         return {**outcome.results, **measured.recorded}, measured.correct
-    checkpoint.save_with_probe(card, outcome.model, recipe.config(dataset.class_names), dataset, normalize)
-    model, _ = checkpoint.load(card, device=next(iter(outcome.model.state_dict().values())).device)
+    model, results = outcome.model, outcome.results
+    device = next(iter(model.state_dict().values())).device
+    if recipe.compact is not None:
+        model, record = compact_net(model, dataset, normalize, recipe.compact, curve=True)
+        results = {**results, "compact": record}
+        draw_sizes(card / SIZES, record)
+    checkpoint.save_with_probe(card, model, recipe.config(dataset.class_names), dataset, normalize)
+    model, _ = checkpoint.load(card, device=device)
     attach_training_images(model, dataset.train_x, normalize)
-    return outcome.results, correct(predict(model, dataset.test_x, normalize), dataset.test_y)
+    return results, correct(predict(model, dataset.test_x, normalize), dataset.test_y)

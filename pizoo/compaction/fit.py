@@ -1,0 +1,136 @@
+"""Few rows that compute what many do: landmarks, ridge regression, and rounding that makes up for itself.
+
+A growing layer is a kernel machine ``s F00(ḡ Bᵀ) A``. With rows B at landmarks of what enters the layer, the best A is a
+ridge regression on what the full layer gives (Nyström approximation; Williams and Seeger, 2001). Its rows are large and cancel,
+so that rounding each to nearest costs far more than the few bits it drops; rounded one after the other, each row makes up
+for the errors of those before (nearest plane; Babai, 1986), and 8 bits do.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from pizoo.data import epoch_order
+from pizoo.functional import F00, unit
+from pizoo.nn import InfPiLinear
+from pizoo.rows import directed, scaled
+
+RIDGES = (1e-4, 1e-5, 1e-6, 1e-7, 1e-8)
+JITTER = 1e-12  # of the mean diagonal: two landmarks may coincide
+SAMPLES_AT_ONCE = 4096
+BLOCK = 128  # rows rounded before the errors they leave are spread to all others
+
+Pair = tuple[Tensor, Tensor]
+
+
+class Fit(NamedTuple):
+    """How a layer was fitted: the ridge of :data:`RIDGES` with the least error on held-out inputs, and that error, relative."""
+
+    ridge: float
+    error: float
+
+
+@torch.no_grad()
+def fit_rows(layer: InfPiLinear, count: int, fit: Pair, held_out: Pair, seed: int) -> Fit:
+    """Give a layer ``count`` rows with which it computes, as nearly as they can, what a layer of more rows does.
+
+    Minimises ``|features A - target|² / n + ridge tr(Aᵀ K A)`` in float64, K being the kernel of the rows, then rounds A to
+    the dtype of the layer's rows. The layer's bias and multipliers stay.
+
+    Args:
+        layer: its rows are replaced.
+        fit: what enters the layer [n, r], and what the full layer then gives [n, r_out].
+        held_out: the same for other inputs, by which the ridge is chosen.
+        seed: of the landmarks.
+
+    Raises:
+        ValueError: more rows than inputs.
+    """
+    dtype = layer.A.dtype
+    B, *bmult = directed(landmarks(fit[0], count, seed), dtype)
+    B = B.to(dtype)
+    along = B.double() if not bmult else B.double() * bmult[0].double()[:, None]
+    gram, moment = _moments(layer, along, fit)
+    kernel, scale = row_features(along, along, True), gram.diagonal().mean()
+    best = Fit(math.nan, math.inf), Tensor(), Tensor()
+    for ridge in RIDGES:
+        system = gram + ridge * scale / kernel.diagonal().mean() * kernel
+        system.diagonal().add_(JITTER * scale)
+        factor, info = torch.linalg.cholesky_ex(system)
+        if info.item() == 0:
+            A, amult = rounded(torch.cholesky_solve(moment, factor), factor, dtype)
+            layer.set_rows(A, B, amult)
+            error = relative_error(in_parts(layer, held_out[0]), held_out[1])
+            best = min(best, (Fit(ridge, error), A, amult), key=lambda found: found[0].error)
+    layer.set_rows(best[1], B, best[2])
+    return best[0]
+
+
+def landmarks(g: Tensor, count: int, seed: int) -> Tensor:
+    """Directions of ``count`` of the inputs g [n, r], drawn at random: [count, r].
+
+    Raises:
+        ValueError: more landmarks than inputs.
+    """
+    if count > len(g):
+        raise ValueError(
+            f"{count:,} rows are asked for, with {len(g):,} inputs to fit to; a row needs an input of its own"
+        )
+    return unit(g[epoch_order(len(g), seed, 0)[:count].to(g.device)])[0]
+
+
+def row_features(g: Tensor, B: Tensor, layernorm: bool) -> Tensor:
+    """What rows B [M, r], of norm 1, give on g [n, r] before A: ``s F00(ḡ Bᵀ)`` [n, M], without s under layernorm."""
+    gbar, s = unit(g)
+    features = F00((gbar @ B.T).clamp(-1, 1))
+    return features if layernorm else s * features
+
+
+def rounded(A: Tensor, factor: Tensor, dtype: torch.dtype) -> Pair:
+    """Rows like A [M, n] that ``dtype`` holds, so that ``tr(Eᵀ H E)`` of what is lost, E, stays small.
+
+    One row after the other, from the last: each is moved to where it makes up for the errors so far, then rounded.
+
+    Args:
+        factor: the lower Cholesky factor of H [M, M].
+
+    Returns:
+        the rows as stored, and what each of them is multiplied by [M]: ``A`` and ``amult`` of a growing layer.
+    """
+    held, amult = torch.empty_like(A, dtype=dtype), A.new_empty(len(A))
+    error, diagonal = torch.zeros_like(A), factor.diagonal()[:, None]
+    for stop in range(len(A), 0, -BLOCK):
+        first = max(0, stop - BLOCK)
+        wanted = A[first:stop] + factor[stop:, first:stop].T @ error[stop:] / diagonal[first:stop]
+        for i in reversed(range(first, stop)):
+            row = wanted[i - first] + factor[i + 1 : stop, i] @ error[i + 1 : stop] / diagonal[i]
+            values, by = scaled(row[None], dtype)
+            held[i], amult[i] = values[0], by[0]
+            error[i] = A[i] - held[i].to(A.dtype) * amult[i]
+    return held, amult
+
+
+def _moments(layer: InfPiLinear, B: Tensor, fit: Pair) -> Pair:
+    """Mean products of the features of rows B with themselves [M, M], and with what A must make of them [M, r_out]."""
+    g, out = fit
+    gram, moment = B.new_zeros(len(B), len(B)), B.new_zeros(len(B), out.shape[1])
+    for g_part, out_part in zip(g.split(SAMPLES_AT_ONCE), out.split(SAMPLES_AT_ONCE), strict=True):
+        features = row_features(g_part.double(), B, layer.layernorm)
+        summed = (out_part - layer.finish(torch.zeros_like(out_part[:1]))) / layer.alpha
+        gram.addmm_(features.T, features, alpha=1 / len(g))
+        moment.addmm_(features.T, summed.double(), alpha=1 / len(g))
+    return gram, moment
+
+
+def in_parts(layer: InfPiLinear, g: Tensor) -> Tensor:
+    """A layer's output on g [n, r], part by part, in float32."""
+    return torch.cat([layer(part).float() for part in g.split(SAMPLES_AT_ONCE)])
+
+
+def relative_error(found: Tensor, wanted: Tensor) -> float:
+    """``|found - wanted| / |wanted|``."""
+    return ((found - wanted).double().norm() / wanted.double().norm()).item()
