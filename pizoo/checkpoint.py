@@ -27,7 +27,7 @@ import json
 import os
 import tempfile
 import warnings
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -546,15 +546,9 @@ def save_epoch(
 
     def write() -> None:
         _write_segment(folder, new_rows, ranges, manifest)
-        state = f"state-{record['epoch']:05d}.safetensors"
-        entry = {
-            **record,
-            "state": {"file": state, "sha256": write_tensors(folder / state, tensors)},
-            "segments": len(manifest["segments"]),
-        }
         if keep is not None:
             manifest["epochs"] = [old if old["epoch"] in keep else {**old, "state": None} for old in manifest["epochs"]]
-        manifest["epochs"].append(entry)
+        _write_state(folder, record, tensors, manifest)
         if chosen is not None:
             manifest["chosen"] = chosen
         _write_manifest(folder, manifest)
@@ -565,6 +559,44 @@ def save_epoch(
                     file.unlink()
 
     submit(write)
+
+
+def save_in_parts(
+    folder: Path,
+    model: nn.Module,
+    config: Mapping[str, Any],
+    rows: Iterable[tuple[str, Tensor, Tensor]],
+    amults: Mapping[str, Tensor],
+    tensors: Mapping[str, Tensor],
+) -> None:
+    """Write a growing net that need not fit memory, in the form of a training's only epoch, number 0.
+
+    Args:
+        model: a net with its hyper-parameters and dtypes, whatever its rows.
+        rows: a layer's name with the next of its rows, ``A`` [k, r_out] and ``B`` [k, r]: each becomes a segment.
+        amults: name of a growing layer -> amult of all its rows [M].
+        tensors: the rest of its ``state_dict``.
+    """
+    write_json(folder / CONFIG, complete(config, model, {}))
+    manifest: dict[str, Any] = {"format": FORMAT, "epochs": [], "segments": []}
+    held = dict.fromkeys(amults, 0)
+    for name, A, B in rows:
+        first, held[name] = held[name], held[name] + len(A)
+        _write_segment(folder, {f"{name}.A": A, f"{name}.B": B}, {name: [first, held[name]]}, manifest)
+    state = {f"model/{name}": tensor for name, tensor in tensors.items()}
+    state |= {f"amult/{name}": amult for name, amult in amults.items()}
+    state |= {f"decay/{name}": torch.ones((), dtype=torch.float64) for name in amults}
+    _write_state(folder, {"epoch": 0}, state, manifest)
+    _write_manifest(folder, manifest)
+
+
+def _write_state(
+    folder: Path, record: Mapping[str, Any], tensors: Mapping[str, Tensor], manifest: dict[str, Any]
+) -> None:
+    """Write the state file of an epoch, made of all segments so far, and enter it into the manifest."""
+    file = f"state-{record['epoch']:05d}.safetensors"
+    state = {"file": file, "sha256": write_tensors(folder / file, tensors)}
+    manifest["epochs"].append({**record, "state": state, "segments": len(manifest["segments"])})
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
