@@ -56,6 +56,7 @@ CONFIG, MANIFEST, MODEL, PROBE, RESULTS, CORRECT = (
 SHIPPED = "shipped"  # in CORRECT: the shipped net, beside those of the seeds
 LOCK = "train.lock"
 CPU = torch.device("cpu")
+DEEPEST = 1000  # hidden layers
 READ_BYTES = 1 << 26  # of rows at once, from a file into the storage reserved for them
 NETWORKS = {cls.__name__: cls for cls in (models.InfPiMLP, models.FinPiMLP, models.MuMLP)}
 KERNELS = {
@@ -122,7 +123,10 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text())
     except FileNotFoundError:
         raise CheckpointError(f"{path} does not exist: {path.parent} is not a checkpoint, or lost a file") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (
+        ValueError,
+        RecursionError,
+    ) as error:  # not JSON, not UTF-8, numbers of too many digits, lists in lists in ...
         raise CheckpointError(f"{path} is not valid JSON ({error}): it is damaged") from None
 
 
@@ -228,7 +232,7 @@ def build(description: Mapping[str, Any], device=None, dtype: torch.dtype | None
             options["rows_dtype"] = getattr(torch, description["rows_dtype"])
         return NETWORKS[name](**hparams, **options)
     except (AttributeError, TypeError, ValueError) as error:
-        raise CheckpointError(f"the checkpoint's hyper-parameters do not fit {name}: {error}") from None
+        raise CheckpointError(f"the checkpoint's hyper-parameters do not fit {name}: {_one_line(error)}") from None
 
 
 def save(
@@ -302,6 +306,9 @@ def read_config(folder: Path) -> dict[str, Any]:
     config, path = read_json(folder / CONFIG), folder / CONFIG
     found = config.get("pizoo") if isinstance(config, dict) else None
     _check_format(path, found, "class", "hparams", "files", "sha256")
+    named = isinstance(found["hparams"], dict) and isinstance(found["files"], dict)
+    if not named or not all(isinstance(digest, str) for digest in found["files"].values()):
+        raise CheckpointError(f"{path}: hparams or files of pizoo are not what they must be: it is damaged")
     if found["sha256"] != config_digest(config):
         raise CheckpointError(
             f"{path}: its class, hparams, rows_dtype or recipe.data are not those it was written with: it is damaged, or "
@@ -338,26 +345,51 @@ def load(
     check_place(rows_on, "auto")
     folder = Path(folder)
     config = read_config(folder)
-    model = build(config["pizoo"], device, dtype)
-    layers = growing_layers(model)
+    expected = _without_memory(config["pizoo"], dtype)
+    layers = growing_layers(expected)
     if (folder / MANIFEST).exists() and (epoch is not None or not (folder / MODEL).exists()):
-        chosen = read_manifest(folder).get("chosen")
-        state = read_epoch(folder, chosen if epoch is None else epoch).state
+        manifest = read_manifest(folder)
+        # Manifests of versions before 0.2 do not say which configuration they go with.
+        if manifest.get("config", config["pizoo"]["sha256"]) != config["pizoo"]["sha256"]:
+            raise CheckpointError(f"{folder / CONFIG} is that of another training than {folder / MANIFEST}")
+        state = read_epoch(folder, manifest.get("chosen") if epoch is None else epoch).state
     elif epoch is not None:
         raise CheckpointError(f"{folder} holds one net, not epochs: epoch={epoch} cannot be loaded from it")
     else:
         state = _read_shipped(folder / MODEL, config["pizoo"]["files"].get(MODEL), layers)
-    if rows_on == "auto":
-        rows_on = _roomy_place(layers, state, str(folder))
-    for layer in layers.values():
-        layer.keep_rows_on(rows_on)
     try:
+        state.check(expected)
+        model = build(config["pizoo"], device, dtype)
+        layers = growing_layers(model)
+        if rows_on == "auto":
+            rows_on = _roomy_place(layers, state, str(folder))
+        for layer in layers.values():
+            layer.keep_rows_on(rows_on)
         state.fill(model)
-    except RuntimeError as error:
-        if is_out_of_memory(error):
+    except (RuntimeError, ValueError) as error:
+        if is_out_of_memory(error) or isinstance(error, CheckpointError | NotEnoughMemory):
             raise
-        raise CheckpointError(f"{folder} does not hold what its {CONFIG} says: {error}") from None
+        raise CheckpointError(f"{folder} does not hold what its {CONFIG} says: {_one_line(error)}") from None
     return model.eval(), config
+
+
+def _without_memory(description: Mapping[str, Any], dtype: torch.dtype | None) -> nn.Module:
+    """A net as described that has shapes and no numbers: whatever sizes a file asks for, none is allocated before the files
+    with the numbers are seen to have it.
+    """
+    layers = description["hparams"].get("hidden_layers", 1)
+    if isinstance(layers, int) and layers > DEEPEST:
+        raise CheckpointError(f"the checkpoint's hidden_layers is {layers}; at most {DEEPEST} are loaded")
+    try:
+        return build(description, "meta", dtype)
+    except CheckpointError:
+        raise
+    except (RuntimeError, OverflowError) as error:
+        raise CheckpointError(f"the checkpoint's hyper-parameters are of no net: {_one_line(error)}") from None
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
 
 
 class State(NamedTuple):
@@ -373,6 +405,15 @@ class State(NamedTuple):
     stored: dict[str, tuple[Tensor, float]]
     segments: list[Path]
 
+    def check(self, model: nn.Module) -> None:
+        """Raise RuntimeError unless it is the state of a net like ``model``: names, shapes, floating-point numbers."""
+        amults = {f"{name}.amult": amult for name, (amult, _) in self.stored.items()}
+        if isinstance(model, tuple(NETWORKS.values())):  # how much a kernel holds depends on what it was fitted to
+            check_state(model, self.tensors | amults | self._row_shapes())
+        for name, tensor in (self.tensors | amults).items():
+            if not tensor.is_floating_point():
+                raise RuntimeError(f"{name} has dtype {tensor.dtype}; it must be a floating-point one")
+
     @torch.no_grad()
     def fill(self, model: nn.Module) -> None:
         """Put it into ``model``, to the bit. Rows go straight into the layers' storage: room reserved there is kept.
@@ -384,8 +425,7 @@ class State(NamedTuple):
         if not self.stored:
             model.load_state_dict(self.tensors)
             return
-        amults = {f"{name}.amult": amult for name, (amult, _) in self.stored.items()}
-        check_state(model, self.tensors | amults | self._row_shapes())
+        self.check(model)
         model.load_state_dict(self.tensors, strict=False)
         layers = growing_layers(model)
         for name, layer in layers.items():
@@ -509,10 +549,16 @@ def growing_layers(model: nn.Module) -> dict[str, Rows]:
 
 def start_training(folder: Path, model: nn.Module, config: Mapping[str, Any]) -> None:
     """Begin a training checkpoint in an empty folder: config, first segment, manifest."""
-    write_json(folder / CONFIG, complete(config, model, {}))
-    manifest = {"format": FORMAT, "epochs": [], "segments": []}
+    manifest = _begin(folder, model, config)
     _write_segment(folder, *_new_rows(model, manifest), manifest)
     _write_manifest(folder, manifest)
+
+
+def _begin(folder: Path, model: nn.Module, config: Mapping[str, Any]) -> dict[str, Any]:
+    """Write ``config.json``; returns the manifest that goes with it, with nothing in it yet."""
+    completed = complete(config, model, {})
+    write_json(folder / CONFIG, completed)
+    return {"format": FORMAT, "config": completed["pizoo"]["sha256"], "epochs": [], "segments": []}
 
 
 def save_epoch(
@@ -577,8 +623,7 @@ def save_in_parts(
         amults: name of a growing layer -> amult of all its rows [M].
         tensors: the rest of its ``state_dict``.
     """
-    write_json(folder / CONFIG, complete(config, model, {}))
-    manifest: dict[str, Any] = {"format": FORMAT, "epochs": [], "segments": []}
+    manifest = _begin(folder, model, config)
     held = dict.fromkeys(amults, 0)
     for name, A, B in rows:
         first, held[name] = held[name], held[name] + len(A)
@@ -630,9 +675,23 @@ def read_epoch(folder: Path, epoch: int | None = None) -> Epoch:
         record = records[wanted]
         entries = manifest["segments"][: record["segments"]]
         segments = [check_file(folder / entry["file"], entry["sha256"]) for entry in entries]
+        _check_order(segments, entries)
         return Epoch(record, read_tensors(folder / record["state"]["file"], record["state"]["sha256"]), segments)
-    except (KeyError, TypeError) as error:
-        raise CheckpointError(f"{folder / MANIFEST} lacks something ({error!r}): it is damaged") from None
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{folder / MANIFEST} or a state lacks something ({error!r}): it is damaged") from None
+
+
+def _check_order(segments: list[Path], entries: list[dict[str, Any]]) -> None:
+    """Raise CheckpointError unless each segment goes on where those before it end: the multipliers of rows are kept apart."""
+    held: dict[str, int] = {}
+    for path, entry in zip(segments, entries, strict=True):
+        with opened(path) as file:
+            for name, (first, stop) in entry["rows"].items():
+                if (first, stop - first) != (held.get(name, 0), file.get_slice(f"{name}.A").get_shape()[0]):
+                    raise CheckpointError(
+                        f"{path} does not hold the rows from {first} to {stop} of {name}: it is another segment"
+                    )
+                held[name] = stop
 
 
 def _new_rows(model: nn.Module, manifest: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, list[int]]]:
