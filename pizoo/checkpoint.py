@@ -56,7 +56,7 @@ CONFIG, MANIFEST, MODEL, PROBE, RESULTS, CORRECT = (
 SHIPPED = "shipped"  # in CORRECT: the shipped net, beside those of the seeds
 LOCK = "train.lock"
 CPU = torch.device("cpu")
-DEEPEST = 1000  # hidden layers
+DEEPEST = 1000  # layers
 READ_BYTES = 1 << 26  # of rows at once, from a file into the storage reserved for them
 NETWORKS = {cls.__name__: cls for cls in (models.InfPiMLP, models.FinPiMLP, models.MuMLP)}
 KERNELS = {
@@ -351,7 +351,9 @@ def load(
         manifest = read_manifest(folder)
         # Manifests of versions before 0.2 do not say which configuration they go with.
         if manifest.get("config", config["pizoo"]["sha256"]) != config["pizoo"]["sha256"]:
-            raise CheckpointError(f"{folder / CONFIG} is that of another training than {folder / MANIFEST}")
+            raise CheckpointError(
+                f"{folder / CONFIG} is not the one {MANIFEST} was written with: it was changed, or is another training's"
+            )
         state = read_epoch(folder, manifest.get("chosen") if epoch is None else epoch).state
     elif epoch is not None:
         raise CheckpointError(f"{folder} holds one net, not epochs: epoch={epoch} cannot be loaded from it")
@@ -377,11 +379,13 @@ def _without_memory(description: Mapping[str, Any], dtype: torch.dtype | None) -
     """A net as described that has shapes and no numbers: whatever sizes a file asks for, none is allocated before the files
     with the numbers are seen to have it.
     """
-    layers = description["hparams"].get("hidden_layers", 1)
-    if isinstance(layers, int) and layers > DEEPEST:
-        raise CheckpointError(f"the checkpoint's hidden_layers is {layers}; at most {DEEPEST} are loaded")
+    for name in ("hidden_layers", "depth"):
+        layers = description["hparams"].get(name, 1)
+        if isinstance(layers, int) and layers > DEEPEST:
+            raise CheckpointError(f"the checkpoint's {name} is {layers}; at most {DEEPEST} are loaded")
+    shapes = {key: value for key, value in description.items() if key != "rows_dtype"}
     try:
-        return build(description, "meta", dtype)
+        return build(shapes, "meta", dtype)
     except CheckpointError:
         raise
     except (RuntimeError, OverflowError) as error:

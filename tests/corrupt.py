@@ -118,6 +118,7 @@ def sign(files: Files) -> Files:
     if MANIFEST in files:
         manifest = json.loads(files[MANIFEST])
         manifest.pop("sha256", None)
+        manifest["config"] = config["pizoo"]["sha256"]
         for entry in (*manifest["segments"], *(record["state"] for record in manifest["epochs"] if record["state"])):
             if entry["file"] in digests:
                 entry["sha256"] = digests[entry["file"]]
@@ -304,7 +305,9 @@ def signed_alphas(files: Files, rng: random.Random) -> Files | None:
 def huge_shapes(files: Files, rng: random.Random) -> Files:
     """Sizes that no machine holds, or less than none, in what builds the net."""
     config = json.loads(files[CONFIG])
-    sizes = [name for name in config["pizoo"]["hparams"] if name in ("d_in", "d_out", "r", "width", "hidden_layers")]
+    sizes = [
+        name for name in config["pizoo"]["hparams"] if name in ("d_in", "d_out", "r", "width", "hidden_layers", "depth")
+    ]
     for name in rng.sample(sizes, rng.randint(1, len(sizes))):
         config["pizoo"]["hparams"][name] = rng.choice((-1, 0, 10**5, 10**6, 10**9, 10**12, 2**40, 10**30, 1e9, True))
     return sign(files | {CONFIG: json.dumps(config).encode()})
@@ -538,10 +541,8 @@ def write(folder: Path, files: Files) -> None:
             path.write_bytes(content)
 
 
-def fuzz(count: int, folder: Path, seed: int = 0) -> Iterator[tuple[str, Subject, str]]:
+def fuzz(count: int, made: list[Subject], folder: Path, seed: int = 0) -> Iterator[tuple[str, Subject, str]]:
     """Corrupt ``count`` times; kind, subject and outcome of each. Works in ``folder``."""
-    made = subjects(folder / "whole")
     for kind, subject, files in cases(count, made, seed):
-        target = folder / "corrupted" / subject.name
-        write(target, files)
-        yield kind, subject, outcome(target, kind, subject)
+        write(folder / subject.name, files)
+        yield kind, subject, outcome(folder / subject.name, kind, subject)

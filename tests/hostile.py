@@ -6,10 +6,13 @@ Each is made of a call (what runs), an instruction that calls it, a place in the
 from __future__ import annotations
 
 import io
+import json
 import marshal
 import pickle
 import random
 import struct
+import subprocess
+import sys
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -307,3 +310,84 @@ def bombs() -> Iterator[Attack]:
 
 def attacks(marker: str) -> list[Attack]:
     return [*executing(marker), *bombs()]
+
+
+# ---------------------------------------------------------------------------------------------------- what comes of them
+
+PYTHONS = """
+import io, json, pickle, sys
+from contextlib import suppress
+from pathlib import Path
+
+import foreign
+
+folder, made = Path(sys.argv[1]), []
+
+class Unpickler(pickle.Unpickler):
+    def persistent_load(self, described):
+        return described
+
+with foreign.paper_modules():
+    for path in sorted(folder.glob("*.pkl")):
+        with suppress(BaseException):
+            Unpickler(io.BytesIO(path.read_bytes())).load()
+        marker = folder / "marker"
+        if marker.is_symlink() or marker.exists():
+            made.append(path.stem)
+            marker.rmdir() if marker.is_dir() and not marker.is_symlink() else marker.unlink()
+print(json.dumps(made), flush=True)
+"""
+
+OURS = """
+import json, sys, time
+from pathlib import Path
+from memory import forget_peak, peak
+from pizoo import convert
+from pizoo.checkpoint import CheckpointError
+
+folder, outcomes = Path(sys.argv[1]), {}
+before = forget_peak()
+for path in sorted(folder.glob("*.th")):
+    begin = time.perf_counter()
+    try:
+        convert.convert(path, "digits_infpi", folder / "made")
+        outcome = "converted"
+    except CheckpointError as error:
+        outcome = str(error)
+    except BaseException as error:
+        outcome = f"raised {type(error).__name__}: {error}"[:200]
+    outcomes[path.stem] = outcome, time.perf_counter() - begin
+print(json.dumps([outcomes, peak() - before]))
+"""
+
+
+def write(folder: Path) -> dict[str, Attack]:
+    """Write all of them into a folder, as NUMBER.th, and the pickles in them as NUMBER.pkl."""
+    marker = folder / "marker"
+    (folder / SCRIPT).write_text(COMMAND.format(str(marker)))
+    found = {f"{i:03d}": attack for i, attack in enumerate(attacks(str(marker)))}
+    for stem, attack in found.items():
+        (folder / f"{stem}.th").write_bytes(attack.content)
+        if attack.pickle is not None:
+            (folder / f"{stem}.pkl").write_bytes(attack.pickle)
+    return found
+
+
+def executed_by_python(folder: Path) -> list[str]:
+    """Numbers of the pickles that make the marker when Python loads them."""
+    return _run(PYTHONS, folder)
+
+
+def converted_by_pizoo(folder: Path) -> tuple[dict[str, tuple[str, float]], int]:
+    """By number what converting each file comes to, with the seconds it took; and the memory all took at most, in bytes."""
+    return _run(OURS, folder)
+
+
+def _run(program: str, folder: Path) -> Any:
+    """What a program prints at last, in a process of its own: whatever it allocates or executes, it is not here."""
+    here = Path(__file__).parent
+    program = f"import sys; sys.path[:0] = {[str(here), str(here.parent)]!r}\n{program}"
+    done = subprocess.run([sys.executable, "-c", program, str(folder)], capture_output=True, text=True, timeout=300)
+    if done.returncode:
+        raise RuntimeError(done.stderr[-2000:])
+    return json.loads(done.stdout.splitlines()[-1])

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import random
-import subprocess
 import sys
 from collections import OrderedDict
-from pathlib import Path
 
 import foreign
 import hostile
@@ -19,90 +16,27 @@ from pizoo import convert
 from pizoo.checkpoint import CheckpointError
 from pizoo.pickles import Inert, StoredTensor, read_pickled
 
-PYTHONS = """
-import io, os, pickle, sys
-from contextlib import suppress
-from pathlib import Path
-
-import foreign
-
-folder, made = Path(sys.argv[1]), []
-
-class Unpickler(pickle.Unpickler):
-    def persistent_load(self, described):
-        return described
-
-with foreign.paper_modules():
-    for path in sorted(folder.glob("*.pkl")):
-        with suppress(BaseException):
-            Unpickler(io.BytesIO(path.read_bytes())).load()
-        marker = folder / "marker"
-        if marker.is_symlink() or marker.exists():
-            made.append(path.stem)
-            marker.rmdir() if marker.is_dir() and not marker.is_symlink() else marker.unlink()
-print(" ".join(made), file=sys.__stderr__)
-"""
-
-OURS = """
-import json, sys, time
-from pathlib import Path
-from memory import forget_peak, peak
-from pizoo import convert, zoo
-from pizoo.checkpoint import CheckpointError
-
-folder, outcomes = Path(sys.argv[1]), {}
-convert.read_pickled(folder / "warm.th", convert._knows)
-before = forget_peak()
-for path in sorted(folder.glob("*.th")):
-    begin = time.perf_counter()
-    try:
-        convert.convert(path, "digits_infpi", folder / "made")
-        outcome = "converted"
-    except CheckpointError as error:
-        outcome = str(error)
-    except BaseException as error:
-        outcome = f"raised {type(error).__name__}: {error}"[:200]
-    outcomes[path.stem] = outcome, time.perf_counter() - begin
-print(json.dumps([outcomes, peak() - before]))
-"""
-
-
-def run(program: str, folder: Path) -> subprocess.CompletedProcess:
-    path = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
-    program = f"import sys; sys.path[:0] = {path!r}\n{program}"
-    return subprocess.run([sys.executable, "-c", program, str(folder)], capture_output=True, text=True, timeout=300)
-
 
 @pytest.fixture(scope="module")
 def attacked(tmp_path_factory):
     """A folder of hostile files, and what is in each by its number."""
     folder = tmp_path_factory.mktemp("attacks")
-    (folder / hostile.SCRIPT).write_text(hostile.COMMAND.format(str(folder / "marker")))
-    attacks = {f"{i:03d}": attack for i, attack in enumerate(hostile.attacks(str(folder / "marker")))}
-    for stem, attack in attacks.items():
-        (folder / f"{stem}.th").write_bytes(attack.content)
-        if attack.pickle is not None:
-            (folder / f"{stem}.pkl").write_bytes(attack.pickle)
-    torch.save({"good": torch.ones(2)}, folder / "warm.th")
-    return folder, attacks
+    return folder, hostile.write(folder)
 
 
 def test_the_hostile_pickles_are_hostile(attacked):
     """A control: Python's own loading executes what is in each of them."""
     folder, attacks = attacked
-    done = run(PYTHONS, folder)
-    made = set(done.stderr.split("\n")[-2].split())
+    made = hostile.executed_by_python(folder)
     harmless = [attacks[stem].name for stem in attacks if attacks[stem].pickle is not None and stem not in made]
-    assert harmless == [] and len(made) == hostile.CALLS >= 150, done.stderr[-2000:]
+    assert harmless == [] and len(made) == hostile.CALLS >= 150
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="memory is counted as Linux does")
 def test_no_hostile_file_executes_or_loads_and_each_is_refused_with_a_message_in_little_memory_and_time(attacked):
     folder, attacks = attacked
     assert len(attacks) >= 200 and not (folder / "marker").exists()
-    done = run(OURS, folder)
-    assert done.returncode == 0, done.stderr[-2000:]
-    outcomes, grown = json.loads(done.stdout)
+    outcomes, grown = hostile.converted_by_pizoo(folder)
     assert not (folder / "marker").is_symlink() and not (folder / "marker").exists(), "something was executed"
     assert not (folder / "made").exists(), "something was loaded"
     for stem, attack in attacks.items():
