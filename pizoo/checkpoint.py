@@ -17,6 +17,12 @@ A net while it trains (and after: any epoch can be loaded)::
 
 A finite net has no segments, and its state files hold all of it. Every file is written under a temporary name, flushed and
 renamed, the manifest last: whatever interrupts a save, the epochs before it stay loadable.
+
+Damage is refused with a message, whatever it is: every file a net is loaded from stands under a SHA-256, and what those stand in
+(``config.json``, the manifest) under one of its own, as far as it decides the net, its data and its preprocessing. Names,
+descriptions and published numbers, ``pretrained_cfg`` among them, may be edited and are not checked. No digest keeps out somebody
+who writes digests that fit: of a shipped net the probe then tells whether it computes what it did (``pizoo verify --quick``), of
+a training nothing does. Even so nothing is executed, and no more memory is taken than the files are large.
 """
 
 from __future__ import annotations
@@ -123,10 +129,8 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text())
     except FileNotFoundError:
         raise CheckpointError(f"{path} does not exist: {path.parent} is not a checkpoint, or lost a file") from None
-    except (
-        ValueError,
-        RecursionError,
-    ) as error:  # not JSON, not UTF-8, numbers of too many digits, lists in lists in ...
+    # ValueError: not JSON, not UTF-8, a number of too many digits. RecursionError: lists in lists in lists.
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is not valid JSON ({error}): it is damaged") from None
 
 
@@ -349,7 +353,7 @@ def load(
     layers = growing_layers(expected)
     if (folder / MANIFEST).exists() and (epoch is not None or not (folder / MODEL).exists()):
         manifest = read_manifest(folder)
-        # Manifests of versions before 0.2 do not say which configuration they go with.
+        # Those written before this was kept do not say which configuration they go with.
         if manifest.get("config", config["pizoo"]["sha256"]) != config["pizoo"]["sha256"]:
             raise CheckpointError(
                 f"{folder / CONFIG} is not the one {MANIFEST} was written with: it was changed, or is another training's"

@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-CALLS = 160
+CALLS = 200
 COMMAND = "open({!r}, 'w').close()"
 SCRIPT = "script.py"  # beside the marker; makes it
 
