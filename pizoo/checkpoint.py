@@ -18,11 +18,11 @@ A net while it trains (and after: any epoch can be loaded)::
 A finite net has no segments, and its state files hold all of it. Every file is written under a temporary name, flushed and
 renamed, the manifest last: whatever interrupts a save, the epochs before it stay loadable.
 
-Damage is refused with a message, whatever it is: every file a net is loaded from stands under a SHA-256, and what those stand in
+Damage is refused with a message: every file a net is loaded from stands under a SHA-256, and what those stand in
 (``config.json``, the manifest) under one of its own, as far as it decides the net, its data and its preprocessing. Names,
-descriptions and published numbers, ``pretrained_cfg`` among them, may be edited and are not checked. No digest keeps out somebody
-who writes digests that fit: of a shipped net the probe then tells whether it computes what it did (``pizoo verify --quick``), of
-a training nothing does. Even so nothing is executed, and no more memory is taken than the files are large.
+descriptions, published numbers and ``pretrained_cfg`` may be edited and are not checked. No digest keeps out somebody who
+writes digests that fit: of a shipped net the probe then tells whether it computes what it did (``pizoo verify --quick``), of a
+training nothing does. Even so nothing is executed, and no net is given memory before the files are seen to have its shapes.
 """
 
 from __future__ import annotations
@@ -127,7 +127,7 @@ def read_json(path: Path) -> Any:
     """Raises CheckpointError if there is no such file or it is not JSON."""
     try:
         return json.loads(path.read_text())
-    except FileNotFoundError:
+    except (FileNotFoundError, IsADirectoryError):
         raise CheckpointError(f"{path} does not exist: {path.parent} is not a checkpoint, or lost a file") from None
     # ValueError: not JSON, not UTF-8, a number of too many digits. RecursionError: lists in lists in lists.
     except (ValueError, RecursionError) as error:
