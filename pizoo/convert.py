@@ -5,7 +5,8 @@ Five layouts are known, all files of ``torch.save`` (:mod:`pizoo.pickles` reads 
 - an infinite net pickled whole (``inf.pimlp.InfPiMLP``): dictionaries ``As``, ``Bs``, ``Amult``, ``biases`` by layer number
   from 1, of growable arrays (``arr``, of which the first ``size`` rows are in use), and the alphas;
 - the same dictionaries alone: what the first code base's converter writes (tensors), and its few-shot nets (growable arrays);
-- the ``state_dict`` of an infinite net of the newer library: ``layers.{i}.A|B|Amult|bias|bias_alpha`` and the alphas, i from 0;
+- the ``state_dict`` of an infinite net of the newer library: ``layers.{i}.A|B|Amult|bias|bias_alpha`` and the alphas, i from 0.
+  It does not say whether there is layernorm: that is as in the entry;
 - a finite net pickled whole (``inf.pimlp.FinPiMLP``): ``linears`` and ``omegas`` by layer number, and the alphas;
 - the ``state_dict`` of a finite net: ``layers.{i}.weight|bias|omega`` (newer library) or ``_linears.{i}.weight|bias`` and
   ``omegas``. It does not hold all alphas: what it lacks is the entry's.

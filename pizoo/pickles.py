@@ -46,9 +46,15 @@ DTYPES = {
     "ByteStorage": torch.uint8,
     "BoolStorage": torch.bool,
 }
-TENSORS = ("torch._utils._rebuild_tensor", "torch._utils._rebuild_tensor_v2")
-PARAMETER, ORDERED_DICT, DEVICE = "torch._utils._rebuild_parameter", "collections.OrderedDict", "torch.device"
-SETS = ("__builtin__.set", "builtins.set")
+FUNCTIONS = (
+    "torch._utils._rebuild_tensor",
+    "torch._utils._rebuild_tensor_v2",
+    "torch._utils._rebuild_parameter",
+    "collections.OrderedDict",
+    "torch.device",
+    "__builtin__.set",
+    "builtins.set",
+)
 CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": ()}
 VALUES = ("BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT", "BINUNICODE")
 
@@ -192,7 +198,8 @@ def _read_archive(path: Path, knows: Callable[[str], bool]) -> Any:
         value = machine.run(io.BytesIO(_stored(archive, entries[programs[0]], LARGEST_PICKLE)))
         for storage in machine.storages.values():
             entry = entries.get(f"{folder}data/{storage.key}")
-            if entry is None or not entry.compress_size == entry.file_size == storage.nbytes:
+            whole = entry is not None and entry.compress_size == entry.file_size == storage.nbytes
+            if not whole or entry.header_offset + storage.nbytes > path.stat().st_size:
                 found = "is missing" if entry is None else f"has {entry.compress_size} bytes"
                 raise _Refused(f"is damaged: storage {_name(storage.key)} of {storage.nbytes} bytes {found}")
             storage.open = _in_archive(path, entry)
@@ -376,8 +383,7 @@ class _Machine:
 
     def _known(self, name: str) -> _Global:
         module, _, last = name.rpartition(".")
-        functions = (*TENSORS, PARAMETER, ORDERED_DICT, DEVICE, *SETS)
-        if name in functions or (module == "torch" and last in DTYPES) or self.knows(name):
+        if name in FUNCTIONS or (module == "torch" and last in DTYPES) or self.knows(name):
             return _Global(name)
         raise _Refused(f"names {_name(name)}, which is no part of a network that can be read here")
 

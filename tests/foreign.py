@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import types
+import warnings
 from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -59,7 +60,10 @@ def paper_modules() -> Iterator[None]:
 
 
 def save(value: Any, path, legacy: bool = False) -> None:
-    with paper_modules():
+    with paper_modules(), warnings.catch_warnings():
+        warnings.filterwarnings(
+            "ignore", "Couldn't retrieve source code"
+        )  # the older format keeps it where there is some
         torch.save(value, path, _use_new_zipfile_serialization=not legacy)
 
 

@@ -64,6 +64,17 @@ def test_what_is_refused_is_refused_by_its_name(tmp_path):
         assert "nothing in it was executed" in str(caught.value)
 
 
+def test_a_storage_that_says_it_is_longer_than_the_file_is_refused_before_it_has_memory(tmp_path):
+    count = 0x3FFFFFFC
+    program = b"\x80\x02" + hostile.tensor(0, (count,), (1,), count) + b"."
+    content = bytearray(hostile.archive(program, **{"data/0": bytes(16)}))
+    entry = content.rindex(b"PK\1\2")  # its line in the index: the sizes stand 20 bytes behind
+    content[entry + 20 : entry + 28] = 2 * (4 * count).to_bytes(4, "little")
+    (tmp_path / "net.th").write_bytes(content)
+    with pytest.raises(CheckpointError, match=rf"storage '0' of {4 * count} bytes has"):
+        read_pickled(tmp_path / "net.th")
+
+
 # What is read
 
 
@@ -119,6 +130,7 @@ def test_an_object_becomes_its_name_and_attributes_and_only_when_it_is_known(tmp
         read_pickled(tmp_path / "net.th")
 
 
+@pytest.mark.filterwarnings("ignore:invalid escape sequence")
 @pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])
 def test_whatever_is_done_to_a_files_bytes_it_is_refused_or_read(tmp_path, legacy):
     """Bits flipped, bytes cut out and put in: nothing but a CheckpointError comes out, and no net that cannot be."""
