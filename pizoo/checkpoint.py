@@ -17,6 +17,12 @@ A net while it trains (and after: any epoch can be loaded)::
 
 A finite net has no segments, and its state files hold all of it. Every file is written under a temporary name, flushed and
 renamed, the manifest last: whatever interrupts a save, the epochs before it stay loadable.
+
+Damage is refused with a message: every file a net is loaded from stands under a SHA-256, and what those stand in
+(``config.json``, the manifest) under one of its own, as far as it decides the net, its data and its preprocessing. Names,
+descriptions, published numbers and ``pretrained_cfg`` may be edited and are not checked. No digest keeps out somebody who
+writes digests that fit: of a shipped net the probe then tells whether it computes what it did (``pizoo verify --quick``), of a
+training nothing does. Even so nothing is executed, and no net is given memory before the files are seen to have its shapes.
 """
 
 from __future__ import annotations
@@ -27,7 +33,7 @@ import json
 import os
 import tempfile
 import warnings
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -56,6 +62,7 @@ CONFIG, MANIFEST, MODEL, PROBE, RESULTS, CORRECT = (
 SHIPPED = "shipped"  # in CORRECT: the shipped net, beside those of the seeds
 LOCK = "train.lock"
 CPU = torch.device("cpu")
+DEEPEST = 1000  # layers
 READ_BYTES = 1 << 26  # of rows at once, from a file into the storage reserved for them
 NETWORKS = {cls.__name__: cls for cls in (models.InfPiMLP, models.FinPiMLP, models.MuMLP)}
 KERNELS = {
@@ -120,9 +127,10 @@ def read_json(path: Path) -> Any:
     """Raises CheckpointError if there is no such file or it is not JSON."""
     try:
         return json.loads(path.read_text())
-    except FileNotFoundError:
+    except (FileNotFoundError, IsADirectoryError):
         raise CheckpointError(f"{path} does not exist: {path.parent} is not a checkpoint, or lost a file") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    # ValueError: not JSON, not UTF-8, a number of too many digits. RecursionError: lists in lists in lists.
+    except (ValueError, RecursionError) as error:
         check_file(path)  # a Git LFS pointer in its place is called one
         raise CheckpointError(f"{path} is not valid JSON ({error}): it is damaged") from None
 
@@ -235,7 +243,7 @@ def build(description: Mapping[str, Any], device=None, dtype: torch.dtype | None
             options["rows_dtype"] = getattr(torch, description["rows_dtype"])
         return NETWORKS[name](**hparams, **options)
     except (AttributeError, TypeError, ValueError) as error:
-        raise CheckpointError(f"the checkpoint's hyper-parameters do not fit {name}: {error}") from None
+        raise CheckpointError(f"the checkpoint's hyper-parameters do not fit {name}: {_one_line(error)}") from None
 
 
 def packed(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -315,6 +323,9 @@ def read_config(folder: Path) -> dict[str, Any]:
     config, path = read_json(folder / CONFIG), folder / CONFIG
     found = config.get("pizoo") if isinstance(config, dict) else None
     _check_format(path, found, "class", "hparams", "files", "sha256")
+    named = isinstance(found["hparams"], dict) and isinstance(found["files"], dict)
+    if not named or not all(isinstance(digest, str) for digest in found["files"].values()):
+        raise CheckpointError(f"{path}: hparams or files of pizoo are not what they must be: it is damaged")
     if found["sha256"] != config_digest(config):
         raise CheckpointError(
             f"{path}: its class, hparams, rows_dtype or recipe.data are not those it was written with: it is damaged, or "
@@ -352,28 +363,57 @@ def load(
     check_place(rows_on, "auto")
     folder = Path(folder)
     config = read_config(folder)
-    model = build(config["pizoo"], device, dtype)
-    layers = growing_layers(model)
+    expected = _without_memory(config["pizoo"], dtype)
+    layers = growing_layers(expected)
     if (folder / MANIFEST).exists() and (epoch is not None or not (folder / MODEL).exists()):
-        chosen = read_manifest(folder).get("chosen")
-        state = read_epoch(folder, chosen if epoch is None else epoch).state
+        manifest = read_manifest(folder)
+        # Those written before this was kept do not say which configuration they go with.
+        if manifest.get("config", config["pizoo"]["sha256"]) != config["pizoo"]["sha256"]:
+            raise CheckpointError(
+                f"{folder / CONFIG} is not the one {MANIFEST} was written with: it was changed, or is another training's"
+            )
+        state = read_epoch(folder, manifest.get("chosen") if epoch is None else epoch).state
     elif epoch is not None:
         raise CheckpointError(f"{folder} holds one net, not epochs: epoch={epoch} cannot be loaded from it")
     else:
         state = _read_shipped(folder / MODEL, config["pizoo"]["files"].get(MODEL), layers)
-    if rows_on == "auto":
-        rows_on = _roomy_place(layers, state, str(folder))
-    for layer in layers.values():
-        layer.keep_rows_on(rows_on)
     try:
+        state.check(expected)
+        model = build(config["pizoo"], device, dtype)
+        layers = growing_layers(model)
+        if rows_on == "auto":
+            rows_on = _roomy_place(layers, state, str(folder))
+        for layer in layers.values():
+            layer.keep_rows_on(rows_on)
         state.fill(model)
-    except RuntimeError as error:
-        if is_out_of_memory(error):
+    except (RuntimeError, ValueError) as error:
+        if is_out_of_memory(error) or isinstance(error, CheckpointError | NotEnoughMemory):
             raise
-        raise CheckpointError(f"{folder} does not hold what its {CONFIG} says: {error}") from None
+        raise CheckpointError(f"{folder} does not hold what its {CONFIG} says: {_one_line(error)}") from None
     if "compacted" in config["pizoo"]:
         model.compacted = config["pizoo"]["compacted"]
     return model.eval(), config
+
+
+def _without_memory(description: Mapping[str, Any], dtype: torch.dtype | None) -> nn.Module:
+    """A net as described that has shapes and no numbers: whatever sizes a file asks for, none is allocated before the files
+    with the numbers are seen to have it.
+    """
+    for name in ("hidden_layers", "depth"):
+        layers = description["hparams"].get(name, 1)
+        if isinstance(layers, int) and layers > DEEPEST:
+            raise CheckpointError(f"the checkpoint's {name} is {layers}; at most {DEEPEST} are loaded")
+    shapes = {key: value for key, value in description.items() if key != "rows_dtype"}
+    try:
+        return build(shapes, "meta", dtype)
+    except CheckpointError:
+        raise
+    except (RuntimeError, OverflowError) as error:
+        raise CheckpointError(f"the checkpoint's hyper-parameters are of no net: {_one_line(error)}") from None
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
 
 
 class State(NamedTuple):
@@ -389,6 +429,15 @@ class State(NamedTuple):
     stored: dict[str, tuple[Tensor, float]]
     segments: list[Path]
 
+    def check(self, model: nn.Module) -> None:
+        """Raise RuntimeError unless it is the state of a net like ``model``: names, shapes, floating-point numbers."""
+        amults = {f"{name}.amult": amult for name, (amult, _) in self.stored.items()}
+        if isinstance(model, tuple(NETWORKS.values())):  # how much a kernel holds depends on what it was fitted to
+            check_state(model, self.tensors | amults | self._row_shapes())
+        for name, tensor in (self.tensors | amults).items():
+            if not tensor.is_floating_point():
+                raise RuntimeError(f"{name} has dtype {tensor.dtype}; it must be a floating-point one")
+
     @torch.no_grad()
     def fill(self, model: nn.Module) -> None:
         """Put it into ``model``, to the bit. Rows go straight into the layers' storage: room reserved there is kept.
@@ -400,8 +449,7 @@ class State(NamedTuple):
         if not self.stored:
             model.load_state_dict(self.tensors)
             return
-        amults = {f"{name}.amult": amult for name, (amult, _) in self.stored.items()}
-        check_state(model, self.tensors | amults | self._row_shapes())
+        self.check(model)
         model.load_state_dict(self.tensors, strict=False)
         layers = growing_layers(model)
         for name, layer in layers.items():
@@ -525,10 +573,16 @@ def growing_layers(model: nn.Module) -> dict[str, Rows]:
 
 def start_training(folder: Path, model: nn.Module, config: Mapping[str, Any]) -> None:
     """Begin a training checkpoint in an empty folder: config, first segment, manifest."""
-    write_json(folder / CONFIG, complete(config, model, {}))
-    manifest = {"format": FORMAT, "epochs": [], "segments": []}
+    manifest = _begin(folder, model, config)
     _write_segment(folder, *_new_rows(model, manifest), manifest)
     _write_manifest(folder, manifest)
+
+
+def _begin(folder: Path, model: nn.Module, config: Mapping[str, Any]) -> dict[str, Any]:
+    """Write ``config.json``; returns the manifest that goes with it, with nothing in it yet."""
+    completed = complete(config, model, {})
+    write_json(folder / CONFIG, completed)
+    return {"format": FORMAT, "config": completed["pizoo"]["sha256"], "epochs": [], "segments": []}
 
 
 def save_epoch(
@@ -562,15 +616,9 @@ def save_epoch(
 
     def write() -> None:
         _write_segment(folder, new_rows, ranges, manifest)
-        state = f"state-{record['epoch']:05d}.safetensors"
-        entry = {
-            **record,
-            "state": {"file": state, "sha256": write_tensors(folder / state, tensors)},
-            "segments": len(manifest["segments"]),
-        }
         if keep is not None:
             manifest["epochs"] = [old if old["epoch"] in keep else {**old, "state": None} for old in manifest["epochs"]]
-        manifest["epochs"].append(entry)
+        _write_state(folder, record, tensors, manifest)
         if chosen is not None:
             manifest["chosen"] = chosen
         _write_manifest(folder, manifest)
@@ -581,6 +629,43 @@ def save_epoch(
                     file.unlink()
 
     submit(write)
+
+
+def save_in_parts(
+    folder: Path,
+    model: nn.Module,
+    config: Mapping[str, Any],
+    rows: Iterable[tuple[str, Tensor, Tensor]],
+    amults: Mapping[str, Tensor],
+    tensors: Mapping[str, Tensor],
+) -> None:
+    """Write a growing net that need not fit memory, in the form of a training's only epoch, number 0.
+
+    Args:
+        model: a net with its hyper-parameters and dtypes, whatever its rows.
+        rows: a layer's name with the next of its rows, ``A`` [k, r_out] and ``B`` [k, r]: each becomes a segment.
+        amults: name of a growing layer -> amult of all its rows [M].
+        tensors: the rest of its ``state_dict``.
+    """
+    manifest = _begin(folder, model, config)
+    held = dict.fromkeys(amults, 0)
+    for name, A, B in rows:
+        first, held[name] = held[name], held[name] + len(A)
+        _write_segment(folder, {f"{name}.A": A, f"{name}.B": B}, {name: [first, held[name]]}, manifest)
+    state = {f"model/{name}": tensor for name, tensor in tensors.items()}
+    state |= {f"amult/{name}": amult for name, amult in amults.items()}
+    state |= {f"decay/{name}": torch.ones((), dtype=torch.float64) for name in amults}
+    _write_state(folder, {"epoch": 0}, state, manifest)
+    _write_manifest(folder, manifest)
+
+
+def _write_state(
+    folder: Path, record: Mapping[str, Any], tensors: Mapping[str, Tensor], manifest: dict[str, Any]
+) -> None:
+    """Write the state file of an epoch, made of all segments so far, and enter it into the manifest."""
+    file = f"state-{record['epoch']:05d}.safetensors"
+    state = {"file": file, "sha256": write_tensors(folder / file, tensors)}
+    manifest["epochs"].append({**record, "state": state, "segments": len(manifest["segments"])})
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -604,9 +689,10 @@ def read_epoch(folder: Path, epoch: int | None = None) -> Epoch:
     record, entries = _recorded(folder, read_manifest(folder), epoch)
     try:
         segments = [check_file(folder / entry["file"], entry["sha256"]) for entry in entries]
+        _check_order(segments, entries)
         return Epoch(record, read_tensors(folder / record["state"]["file"], record["state"]["sha256"]), segments)
-    except (KeyError, TypeError) as error:
-        raise CheckpointError(f"{folder / MANIFEST} lacks something ({error!r}): it is damaged") from None
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{folder / MANIFEST} or a state lacks something ({error!r}): it is damaged") from None
 
 
 def epoch_files(folder: Path, epoch: int | None = None) -> dict[str, str]:
@@ -658,8 +744,21 @@ def _recorded(folder: Path, manifest: Mapping[str, Any], epoch: int | None = Non
             held = f"epochs {first} to {last}" if last > first else f"epoch {last} alone"
             raise CheckpointError(f"{folder} holds {held}; epoch={epoch} is not there")
         return records[wanted], manifest["segments"][: records[wanted]["segments"]]
-    except (KeyError, TypeError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{folder / MANIFEST} lacks something ({error!r}): it is damaged") from None
+
+
+def _check_order(segments: list[Path], entries: list[dict[str, Any]]) -> None:
+    """Raise CheckpointError unless each segment goes on where those before it end: the multipliers of rows are kept apart."""
+    held: dict[str, int] = {}
+    for path, entry in zip(segments, entries, strict=True):
+        with opened(path) as file:
+            for name, (first, stop) in entry["rows"].items():
+                if (first, stop - first) != (held.get(name, 0), file.get_slice(f"{name}.A").get_shape()[0]):
+                    raise CheckpointError(
+                        f"{path} does not hold the rows from {first} to {stop} of {name}: it is another segment"
+                    )
+                held[name] = stop
 
 
 def _new_rows(model: nn.Module, manifest: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, list[int]]]:

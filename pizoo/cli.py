@@ -1,4 +1,4 @@
-"""The command line: ``pizoo list | train | evaluate | predict | verify | reproduce | compact | card | overview |
+"""The command line: ``pizoo list | train | evaluate | predict | verify | reproduce | compact | convert | card | overview |
 publish | data``."""
 
 from __future__ import annotations
@@ -431,6 +431,34 @@ def compact(
 
 def _counts(rows: dict[str, int]) -> str:
     return " + ".join(f"{count:,}" for count in rows.values())
+
+
+@app.command()
+def convert(
+    file: Annotated[Path, typer.Argument(help="What the paper's code saved.", exists=True, dir_okay=False)],
+    entry: Annotated[str, typer.Option(help="What it is a net of: an entry's name, or the folder of a checkpoint.")],
+    out_dir: Annotated[Path | None, typer.Option("--out", help="Folder to be made (runs/FILE).")] = None,
+    data: Data = None,
+    device: Device = None,
+) -> None:
+    """Convert a checkpoint of the paper's code, of which nothing is executed, and measure it where its data are."""
+    from pizoo.convert import compare
+    from pizoo.convert import convert as run
+
+    with err.status(f"converting {file}"):
+        done = run(file, entry, out_dir or Path("runs") / file.stem)
+    rows = ", ".join(f"{count:,} rows in {name}" for name, count in done.rows.items())
+    out.print(f"{file} holds {done.layout}; written to {done.folder}", markup=False, soft_wrap=True)
+    if rows:
+        out.print(rows, markup=False, soft_wrap=True)
+    with err.status(f"measuring {done.folder}"):
+        found = compare(done.folder, entry, data, device)
+    _print_table(
+        ("net", "measured", "our mean", "published"),
+        [(str(done.folder), *map(_percent, (found.measured, found.recorded, found.published)))],
+    )
+    if found.reason:
+        out.print(f"not measured: {found.reason}", markup=False, soft_wrap=True)
 
 
 @data_app.command("prepare")

@@ -22,6 +22,7 @@ from pizoo.ops import growing_backward, growing_forward
 from pizoo.rows import Rows
 
 Role = Literal["input", "hidden", "readout"]
+LARGEST = 1e18  # of multipliers: torch takes no integers from 2**63 on, and float32 no products of larger ones
 
 
 class InfPiInput(nn.Module):
@@ -296,7 +297,7 @@ def projection_basis(omega: Tensor) -> Tensor:
     if n < r:
         raise ValueError(f"omega has shape [{n}, {r}]; the width must be at least the rank to project onto its span")
     q, upper = torch.linalg.qr(omega.double())
-    if upper.diagonal().abs().min() <= 1e-10 * upper.diagonal().abs().max():
+    if not omega.is_meta and upper.diagonal().abs().min() <= 1e-10 * upper.diagonal().abs().max():
         raise ValueError(f"omega [{n}, {r}] has linearly dependent columns; it must have full column rank")
     return q.to(omega.dtype)
 
@@ -306,6 +307,14 @@ def check_positive(**sizes: int) -> None:
     for name, value in sizes.items():
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise ValueError(f"{name} is {value!r}; it must be a positive integer")
+
+
+def check_finite(**values: float) -> None:
+    """Raise ValueError for the first of these that is not a finite number."""
+    for name, value in values.items():
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not number or not abs(value) <= LARGEST:
+            raise ValueError(f"{name} is {value!r}; it must be a finite number, at most {LARGEST:g}")
 
 
 def floating(dtype: torch.dtype) -> torch.dtype:

@@ -230,7 +230,7 @@ def dataset(config: dict[str, Any], data_dir: str | os.PathLike | None = None):
     return load_dataset(
         data["name"],
         data_dir=data_dir,
-        path=data["path"],
+        path=data.get("path"),
         split=data["split"],
         subset=data["subset"],
         input_size=tuple(data["input_size"]),
@@ -241,8 +241,13 @@ def dataset(config: dict[str, Any], data_dir: str | os.PathLike | None = None):
 def _attach_shipped(model: KernelRegressor, config: dict[str, Any]) -> None:
     """Give a regressor its training images if they ship with the package."""
     data = config["recipe"]["data"]
-    if data["path"] is None and dataset_path(data["name"]).is_relative_to(ASSETS):
-        model.attach(preprocessing(config)(dataset(config).train_x, torch.float64))
+    if data.get("path") is None and dataset_path(data["name"]).is_relative_to(ASSETS):
+        try:
+            model.attach(preprocessing(config)(dataset(config).train_x, torch.float64))
+        except ValueError as error:
+            raise CheckpointError(
+                f"the net was fitted to other training images than {data['name']!r} has: {error}"
+            ) from None
 
 
 # ---------------------------------------------------------------------------------------------------- timm, torch.hub

@@ -394,7 +394,7 @@ TRAINING_DAMAGE = {
     "format checkpoint.json": "has format 2; this version of pizoo reads format 1",
     "list checkpoint.json": "has format None",
     "remove config.json": r"config\.json does not exist",
-    "r config.json": r"does not hold what its config\.json says",
+    "r config.json": r"config\.json is not the one checkpoint\.json was written with",
     "alpha config.json": "are not those it was written with",
     "scale config.json": "are not those it was written with",
     "split config.json": "are not those it was written with",

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import foreign
 import numpy as np
 import pytest
 import torch
@@ -494,3 +495,29 @@ def test_a_download_that_fails_says_so_in_one_line(pizoo_command, monkeypatch):
 def test_it_runs_as_a_module():
     done = subprocess.run([sys.executable, "-m", "pizoo.cli", "verify", "nonsense"], capture_output=True, text=True)
     assert done.returncode == 2 and one_line(done.stderr)
+
+
+# convert
+
+
+def test_convert_writes_a_checkpoint_and_says_how_its_numbers_compare(pizoo_command, tmp_path):
+    model, results = pizoo.load("digits_infpi"), json.loads((zoo.card("digits_infpi") / "results.json").read_text())
+    foreign.save(foreign.pickled(model), tmp_path / "epoch50.th")
+    shown = pizoo_command("convert", "epoch50.th", "--entry", "digits_infpi", "--out", "mine")
+    assert shown.code == 0, shown.err
+    assert "an infinite net pickled whole (inf.pimlp.InfPiMLP); written to mine" in shown.out
+    assert f"{model.hidden[0].count:,} rows in hidden.0" in shown.out
+    (line,) = [line.split() for line in shown.out.splitlines() if line.split()[:1] == ["mine"]]
+    assert line == ["mine", f"{results['accuracy']:.2f}", f"{results['mean_accuracy']:.2f}", "–"]
+    again = pizoo_command("convert", "epoch50.th", "--entry", "digits_infpi", "--out", "mine")
+    assert again.code == 2 and one_line(again.err) and "mine is there already" in again.err
+    other = pizoo_command("convert", "epoch50.th", "--entry", "cifar10_infpi", "--out", "other")
+    assert other.code == 1 and one_line(other.err) and "d_in is 64 in the file, 3072 in the entry" in other.err
+
+
+def test_convert_of_a_net_whose_data_are_not_here_says_so(pizoo_command, tmp_path):
+    foreign.save(foreign.pickled_finite(pizoo.load("cifar10_mu", pretrained=False)), tmp_path / "epoch50.th")
+    shown = pizoo_command("convert", "epoch50.th", "--entry", "cifar10_mu")
+    assert shown.code == 0, shown.err
+    assert "written to runs/epoch50" in shown.out and "61.31" in shown.out
+    assert "not measured:" in shown.out and "cifar10.npz" in shown.out

@@ -23,6 +23,26 @@ PROBE_TOLERANCE = 2e-3
 ROUNDING = 1e-6  # points, of a mean over images
 
 
+NUMBER = (int, float)
+CONFIG_TYPES = {
+    "recipe": {
+        "published": {"accuracy": NUMBER},
+        "tolerance": {"verify": NUMBER, "reproduce": NUMBER},
+        "tasks": {},
+        "data": {},
+    }
+}
+RESULTS_TYPES = {
+    "accuracy": NUMBER,
+    "mean_accuracy": NUMBER,
+    "standard_error": NUMBER,
+    "seeds": [{"seed": int, "accuracy": NUMBER}],
+    "verification": {"tasks": int, "accuracy": NUMBER},
+    "split": str,
+    "correct_sha256": str,
+}
+
+
 class _NotRun(Exception):
     """What a check needs is not there."""
 
@@ -126,10 +146,11 @@ def verify(
     results: dict[str, Any] = {}
     config: dict[str, Any] = {}
     try:
-        config = checkpoint.read_config(folder)
+        config = _checked_types(checkpoint.read_config(folder), CONFIG_TYPES, folder / checkpoint.CONFIG)
         if not (folder / checkpoint.RESULTS).exists():
             raise zoo.WeightsNotFoundError(f"{folder} records no results yet")
-        results = checkpoint.read_json(folder / checkpoint.RESULTS)
+        path = folder / checkpoint.RESULTS
+        results = _checked_types(checkpoint.read_json(path), RESULTS_TYPES, path)
         records = _recorded_correct(folder, results)
         found = _Found(folder, zoo.load(folder, device=device), config, results, records)
         measure = _task_accuracy if config["recipe"].get("tasks") else _test_accuracy
@@ -140,9 +161,12 @@ def verify(
         outcome = _Outcome("not run", str(error))
     except (CheckpointError, ValueError) as error:  # ValueError: other training images, logits that are not finite
         outcome = _Outcome("mismatch", str(error))
-    published = (config.get("recipe", {}).get("published") or {}).get("accuracy")
+    except KeyError as error:
+        outcome = _Outcome("mismatch", f"{folder} does not record {error}: it is damaged, or was changed by hand")
+    recipe = config.get("recipe") or {}
+    published = (recipe.get("published") or {}).get("accuracy")
     mean = results.get("mean_accuracy", results.get("accuracy"))
-    tolerance = config.get("recipe", {}).get("tolerance", {}).get("reproduce", 1.0)
+    tolerance = (recipe.get("tolerance") or {}).get("reproduce") or 1.0
     return VerifyReport(
         entry=str(entry),
         check="probe" if quick else _checked(results, images),
@@ -150,10 +174,29 @@ def verify(
         reproduction=_reproduction(mean, published, tolerance),
         mean=mean,
         standard_error=results.get("standard_error"),
-        seeds=len(results.get("seeds", [])) or int("accuracy" in results),
+        seeds=len(results.get("seeds") or []) or int("accuracy" in results),
         published=published,
         seconds=time.perf_counter() - begin,
     )
+
+
+def _checked_types(value: Any, types: Any, where: Path | str) -> Any:
+    """A JSON value; CheckpointError unless what is read of it here has these types, or is not there."""
+    inner: list[tuple[Any, Any, str]] = []
+    if isinstance(types, dict):
+        fits = isinstance(value, dict)
+        inner = [(value[key], types[key], f"{where}: {key}") for key in types if key in value] if fits else []
+    elif isinstance(types, list):
+        fits = isinstance(value, list)
+        inner = [(one, types[0], f"{where}[{i}]") for i, one in enumerate(value)] if fits else []
+    else:
+        fits = isinstance(value, types) and not isinstance(value, bool)
+    if not fits:
+        raise CheckpointError(f"{where} is a {type(value).__name__}: it is damaged, or was changed by hand")
+    for one in inner:
+        if one[0] is not None:
+            _checked_types(*one)
+    return value
 
 
 def _checked(results: dict[str, Any], images: int | None) -> str:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from pizoo.models.adapt import Adaptable, NearestNeighbour
 from pizoo.models.pretrained import Pretrained
-from pizoo.nn import InfPiInput, InfPiLinear, check_positive
+from pizoo.nn import InfPiInput, InfPiLinear, check_finite, check_positive
 from pizoo.rows import Rows, rows_problem
 
 
@@ -26,9 +26,10 @@ class PiNet(Adaptable, Pretrained):
     def __init__(self, **hparams: Any):
         super().__init__()
         check_positive(**{k: v for k, v in hparams.items() if k in ("d_in", "d_out", "r", "width", "hidden_layers")})
-        for name, value in hparams.items():
-            if name.endswith("alpha") and value is not None and not math.isfinite(value):
-                raise ValueError(f"{name} is {value!r}; it must be a finite number")
+        alphas = {name: value for name, value in hparams.items() if name.endswith("alpha")}
+        check_finite(
+            **{name: value for name, value in alphas.items() if name != "last_bias_alpha" or value is not None}
+        )
         self.hparams = hparams
         self.d_in: int = hparams["d_in"]
         self.num_classes: int = hparams["d_out"]

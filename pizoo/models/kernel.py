@@ -11,12 +11,18 @@ from torch import Tensor, nn
 from pizoo import functional
 from pizoo.data import fingerprint
 from pizoo.models.adapt import Adaptable
-from pizoo.nn import check_positive
+from pizoo.nn import check_finite, check_positive
 
 # A kernel is computed block by block. In float64 a block, of which there are a dozen at a time on the way, is 4 MB on a CPU, to
 # stay in its cache, and 256 MB on a GPU, to keep it busy.
 BLOCK_ENTRIES = {"cpu": 2**19, "cuda": 2**25}
 BLOCK_ROWS = 1024
+
+
+def _check_kernel(d_in: int, d_out: int, kernel: dict[str, Any]) -> None:
+    """Raise ValueError for the first of a kernel's hyper-parameters that is none."""
+    check_positive(d_in=d_in, d_out=d_out, depth=kernel["depth"])
+    check_finite(**{name: value for name, value in kernel.items() if name not in ("depth", "form")})
 
 
 class KernelRegressor(nn.Module):
@@ -37,7 +43,8 @@ class KernelRegressor(nn.Module):
 
     def __init__(self, d_in: int, d_out: int, ridge: float = 1e-4, train_fingerprint: str | None = None, **kernel: Any):
         super().__init__()
-        check_positive(d_in=d_in, d_out=d_out, depth=kernel["depth"])
+        _check_kernel(d_in, d_out, kernel)
+        check_finite(ridge=ridge)
         if not ridge > 0:
             raise ValueError(f"ridge is {ridge}; it must be positive")
         self.d_in, self.num_classes, self.ridge, self.kernel = d_in, d_out, ridge, kernel
@@ -214,7 +221,7 @@ class KernelLearner(Adaptable):
 
     def __init__(self, d_in: int, d_out: int, **kernel: Any):
         super().__init__()
-        check_positive(d_in=d_in, d_out=d_out, depth=kernel["depth"])
+        _check_kernel(d_in, d_out, kernel)
         self.hparams = {"d_in": d_in, "d_out": d_out, **kernel}
         self.d_in, self.num_classes = d_in, d_out
         self._readout = _KernelReadout(getattr(functional, self.kernel_function), kernel, d_out)

@@ -359,7 +359,10 @@ def check_folder(folder: Path, recipe: Recipe) -> None:
     """Raise CheckpointError if a folder holds another recipe's training, or a shipped net that training would mix with."""
     if not (folder / checkpoint.CONFIG).exists():
         return
-    found, wanted = decisive(checkpoint.read_config(folder).get("recipe")), decisive(recipe.to_dict())
+    config = checkpoint.read_config(folder)
+    if "converted" in config:
+        raise checkpoint.CheckpointError(f"{folder} holds a converted net, not a training; choose another folder")
+    found, wanted = decisive(config.get("recipe")), decisive(recipe.to_dict())
     if found != wanted:
         raise checkpoint.CheckpointError(
             f"{folder} holds a training of another recipe ({_difference(found, wanted)}); "
