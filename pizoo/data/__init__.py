@@ -3,7 +3,8 @@
 A data set is one ``.npz`` of plain arrays with the keys ``train_images``, ``train_labels``, ``test_images``,
 ``test_labels``, ``class_names``; a user's own file has the same keys (``test_*`` and ``class_names`` optional), or is a
 folder of images. Files are found in ``data_dir``, else in ``$PIZOO_DATA``, else in ``~/.cache/pizoo/data``; the digits
-are inside the package. Omniglot is no list of images with labels but classes to draw tasks from (:func:`load_tasks`).
+are inside the package. ImageNet32 is a folder of its official files (:mod:`pizoo.data.imagenet32`). Omniglot is no list
+of images with labels but classes to draw tasks from (:func:`load_tasks`).
 """
 
 from pizoo.data.dataset import (
@@ -12,6 +13,7 @@ from pizoo.data.dataset import (
     Normalize,
     epoch_order,
     fingerprint,
+    keep_classes,
     split_validation,
     take_subset,
 )
@@ -44,6 +46,7 @@ __all__ = [
     "epoch_order",
     "fingerprint",
     "frozen_uniform",
+    "keep_classes",
     "list_datasets",
     "load_dataset",
     "load_tasks",
