@@ -73,6 +73,21 @@ def test_a_path_that_leads_nowhere_is_neither_an_entry_nor_a_folder(path):
             function(path)
 
 
+def test_what_cannot_be_had_pretrained_says_so_and_what_to_do():
+    for load in (pizoo.load, lambda entry: timm.create_model(timm_name(entry), pretrained=True)):
+        with pytest.raises(zoo.WeightsNotFoundError, match="no weights of 'imagenet32_infpi_r200' exist") as caught:
+            load("imagenet32_infpi_r200")
+        for remedy in (
+            "pizoo train imagenet32_infpi_r200",
+            "convert",
+            "'tinyimagenet32_infpi_r200'",
+            "pretrained=False",
+        ):
+            assert remedy in str(caught.value)
+    untrained = pizoo.load("imagenet32_infpi_r200", pretrained=False)
+    assert (untrained.d_in, untrained.num_classes, untrained.r) == (3072, 250, 200)
+
+
 def test_a_tuned_kernel_goes_by_its_entrys_name_and_is_no_entry_of_its_own(tmp_path, monkeypatch):
     for name in ("digits_nngp", "digits_nngp/tuned", "digits_ntk"):
         shutil.copytree(zoo.card(name.partition("/")[0]), tmp_path / name)

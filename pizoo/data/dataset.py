@@ -11,6 +11,7 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -116,6 +117,13 @@ class Dataset:
                 )
         if x.dtype.is_floating_point and not torch.isfinite(x).all():
             raise ValueError(f"{self._where}: {x_key} holds a value that is not finite (NaN or infinity)")
+
+
+class TransferData(NamedTuple):
+    """What a net learns its features on, and what they are then measured on."""
+
+    source: Dataset
+    target: Dataset
 
 
 @dataclass(frozen=True)
