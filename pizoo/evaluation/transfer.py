@@ -71,9 +71,11 @@ def transfer_correct(
     return [correct(part.cpu(), found.test_y.cpu()) for part in scores.split(found.classes, 1)]
 
 
-def validation_accuracies(model: PiNet, found: Dataset, ridges: Sequence[float], size: float) -> list[float]:
+def validation_accuracies(
+    model: PiNet, found: Dataset, ridges: Sequence[float], size: float, tolerance: float | None = None
+) -> list[float]:
     """Accuracy in percent with each ridge on a share ``size`` of the training items, held out; the test part is not used."""
-    return [percent(right) for right in transfer_correct(model, split_validation(found, size), ridges)]
+    return [percent(right) for right in transfer_correct(model, split_validation(found, size), ridges, tolerance)]
 
 
 def quick_split(target: Dataset, size: float) -> Dataset:
