@@ -153,7 +153,7 @@ def _print_plan(recipe: Any, data: Path | None, device: str | None, rows_on: str
 
     if recipe.train is None:
         raise ValueError(f"{recipe.entry} is a kernel, which is not trained: there is no training to plan")
-    samples = samples_per_epoch(recipe) if recipe.tasks else len(recipe.data.load(data).train_x)
+    samples = samples_per_epoch(recipe) if recipe.tasks else _training_images(recipe, data)
     first = initial_rows(source_net(recipe))
     planned = plan(recipe, samples, choose_device(device), estimate_time=True, rows_on=rows_on, first=first)
     row = (
@@ -170,6 +170,21 @@ def _print_plan(recipe: Any, data: Path | None, device: str | None, rows_on: str
     if planned.rows_on == "host":
         out.print(planned.streaming(recipe.entry), markup=False, soft_wrap=True)
     planned.check(recipe.entry)
+
+
+def _training_images(recipe: Any, data: Path | None) -> int:
+    """How many images a recipe trains on; where these are not here, about how many, and a line that says so."""
+    from pizoo.data import DataNotFoundError, training_images
+
+    try:
+        return len(recipe.data.load(data).train_x)
+    except DataNotFoundError:
+        known = training_images(recipe.data.name) if recipe.data.path is None and recipe.data.keep is None else None
+        if known is None:
+            raise
+        samples = min(known, recipe.data.subset or known)
+        out.print(f"{recipe.data.name} is not here; planned for {samples:,} training images", soft_wrap=True)
+        return samples
 
 
 def _print_splits(rows: Iterable[tuple[str, dict[str, Any]]], headline: str) -> None:
@@ -351,6 +366,9 @@ def verify(
     for report in reports:
         if report.half_width is not None:
             told = f"measured on {report.check}, ± the 95 % interval; mean over seeds of all recorded tasks"
+            out.print(f"{report.entry}: {told}", markup=False, soft_wrap=True)
+        elif "training images" in report.check:
+            told = f"ridge regression on {report.check}; mean over seeds of the whole problem"
             out.print(f"{report.entry}: {told}", markup=False, soft_wrap=True)
         if report.reason:
             out.print(f"{report.entry}: {report.reason}", markup=False, soft_wrap=True)

@@ -30,6 +30,7 @@ from pizoo.data.known import (
     load_dataset,
     load_tasks,
     prepare,
+    training_images,
 )
 from pizoo.data.tasks import FewShotBatch, TaskPool, device_uniform, frozen_uniform
 
@@ -60,4 +61,5 @@ __all__ = [
     "read_npz",
     "split_validation",
     "take_subset",
+    "training_images",
 ]

@@ -117,6 +117,11 @@ def load_tasks(name: str, data_dir: str | os.PathLike | None = None) -> dict[str
     return _TASKS[name].read(_existing(name, data_dir))
 
 
+def training_images(name: str) -> int | None:
+    """About how many training images a known data set has, of ``imagenet32`` in the paper's 250 classes; None: not known."""
+    return _known(name).training_images
+
+
 def prepare(name: str, data_dir: str | os.PathLike | None = None) -> Path:
     """Make the file of a known data set unless it is there, by downloading it; returns its path.
 
@@ -155,11 +160,13 @@ class _Known:
     """A data set known by name: what its file holds, how to read it (split k of it), how to make it.
 
     ``download`` fills a scratch folder and returns the arrays of the file; ``None``: the file is in the package.
+    ``training_images`` says about how many there are, for plans made without the data.
     """
 
     contents: str
     read: Callable[..., Dataset | dict[str, TaskPool]]
     download: Callable[[Path], dict[str, np.ndarray]] | None
+    training_images: int | None = None
 
 
 def _read_cifar10(path: Path, split: int) -> Dataset:
@@ -208,10 +215,11 @@ _KNOWN = {
         "test_labels [10000], class_names [10]",
         _read_cifar10,
         _download_cifar10,
+        50_000,
     ),
     "digits": _Known("images uint8 [1797, 8, 8], labels [1797]", _read_digits, None),
-    IMAGENET32: _Known(imagenet32.CONTENTS, _read_imagenet32, None),
-    "tinyimagenet32": _Known(imagenet32.TINY_CONTENTS, _read_tinyimagenet32, imagenet32.download_tiny),
+    IMAGENET32: _Known(imagenet32.CONTENTS, _read_imagenet32, None, 320_000),
+    "tinyimagenet32": _Known(imagenet32.TINY_CONTENTS, _read_tinyimagenet32, imagenet32.download_tiny, 100_000),
 }
 _TASKS = {"omniglot": _Known(omniglot.CONTENTS, omniglot.read, omniglot.download)}
 
