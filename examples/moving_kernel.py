@@ -3,9 +3,9 @@
     python examples/moving_kernel.py [--entry digits_infpi] [--run FOLDER] [--images 1000] [--out examples/moving_kernel.png]
 
 Trains the entry into the folder, unless it holds the training already, and takes the nets of its epochs from there: an infinite
-net's are prefixes of one list of rows. On the digits it takes under a minute on two CPU cores. With `--entry cifar10_infpi --run
-FOLDER`, the folder of a `pizoo train cifar10_infpi`, it draws the same of CIFAR-10. Kernels are on test images, which the net
-was not trained on. Needs matplotlib.
+net's are prefixes of one list of rows. On the digits it takes under a minute on two CPU cores. With `--entry cifar10_infpi
+--run FOLDER`, the folder of a `pizoo train cifar10_infpi`, it draws the same of CIFAR-10. Kernels are on test images, which the
+net was not trained on. Needs matplotlib.
 
 An alignment is the cosine between two kernels with their rows and columns centred (Cortes, Mohri, Rostamizadeh 2012): 1 for the
 same kernel. Beside it, what the kernels are good for: ridge regression from each half of these images to the other.
@@ -43,7 +43,7 @@ def spectrum(kernel: Tensor) -> Tensor:
 
 
 def regression(kernel: Tensor, y: Tensor, classes: int) -> float:
-    """Accuracy in percent of ridge regression from each half of the images to the other; the kernel's mean diagonal is made 1."""
+    """Accuracy in percent of ridge regression from each half of the images to the other; the kernel is scaled to trace n."""
     kernel, half = kernel / kernel.diagonal().mean(), len(y) // 2
     scores = torch.empty(len(y), classes, dtype=kernel.dtype)
     for known, asked in ((slice(half), slice(half, None)), (slice(half, None), slice(half))):

@@ -102,10 +102,21 @@ def test_a_kernel_larger_than_memory_is_refused_with_its_size(trained, monkeypat
         pizoo.feature_kernel(trained.model, x)
     features = featured(trained.model, load_dataset("digits"), small().transfer.data.normalize)
     with pytest.raises(NotEnoughMemory, match="between 1,348 and 1,348 inputs, and its factor beside it, takes"):
-        transfer_correct(trained.model, features, [0.1])
-    right = transfer_correct(trained.model, features, [0.1], tolerance=1e-8)  # which needs no such matrix
+        transfer_correct(trained.model.feature_kernel, features, [0.1])
+    right = transfer_correct(
+        trained.model.feature_kernel, features, [0.1], tolerance=1e-8
+    )  # which needs no such matrix
     monkeypatch.undo()
-    assert torch.equal(right[0], transfer_correct(trained.model, features, [0.1])[0])
+    assert torch.equal(right[0], transfer_correct(trained.model.feature_kernel, features, [0.1])[0])
+
+
+def test_a_kernel_that_will_not_fit_is_refused_before_the_first_step(tmp_path, monkeypatch):
+    monkeypatch.setattr(kernels, "free_memory", lambda device: 10**6)
+    with pytest.raises(NotEnoughMemory, match=r"would fit: a smaller transfer\.data\.subset"):
+        pizoo.train(small(), tmp_path, device="cpu")
+    monkeypatch.undo()
+    with pytest.raises(checkpoint.CheckpointError, match="holds no finished epoch yet"):
+        pizoo.load(tmp_path)
 
 
 def test_images_of_another_size_than_the_nets_are_refused(trained):
@@ -141,7 +152,7 @@ def test_epoch_and_ridge_are_chosen_on_held_out_training_images(trained):
         net = pizoo.load(trained.folder, epoch=record["epoch"])
         held_out = split_validation(featured(net, target, recipe.transfer.data.normalize), 0.25)
         for ridge, right in zip(
-            recipe.transfer.ridges, transfer_correct(net, held_out, recipe.transfer.ridges), strict=True
+            recipe.transfer.ridges, transfer_correct(net.feature_kernel, held_out, recipe.transfer.ridges), strict=True
         ):
             accuracies[record["epoch"], ridge] = percent(right)
         assert record["transfer"]["validation_accuracies"] == list(accuracies.values())[-3:]
@@ -159,7 +170,11 @@ def test_the_published_setting_stands_beside_it(trained):
     recipe, found = small(), trained.results["transfer"]["published_setting"]
     net = pizoo.load(trained.folder, epoch=2)
     features = featured(net, recipe.transfer.data.load(), recipe.transfer.data.normalize)
-    assert found == {"epoch": 2, "ridge": 0.01, "accuracy": percent(transfer_correct(net, features, [0.01])[0])}
+    assert found == {
+        "epoch": 2,
+        "ridge": 0.01,
+        "accuracy": percent(transfer_correct(net.feature_kernel, features, [0.01])[0]),
+    }
 
 
 def test_choosing_never_looks_at_the_test_images(trained):
@@ -229,7 +244,7 @@ def test_the_full_problem_is_what_the_headline_is_of(card):
     recipe = small("digits_finpi")
     model, target = pizoo.load(card, dtype=F64), recipe.transfer.data.load()
     features = featured(model, target, recipe.transfer.data.normalize)
-    right = transfer_correct(model, features, [results["transfer"]["ridge"]])[0]
+    right = transfer_correct(model.feature_kernel, features, [results["transfer"]["ridge"]])[0]
     assert percent(right) == results["accuracy"] == results["transfer"]["accuracy"]
     stored = checkpoint.read_tensors(card / checkpoint.CORRECT)
     assert torch.equal(stored["shipped"], right) and len(stored["verified"]) == 100
@@ -270,7 +285,7 @@ def test_features_that_learn_beat_random_ones():
     target = recipe.transfer.data.load()
     few = split_validation(target, 0.9)  # on a tenth of the images
     accuracies = [
-        percent(transfer_correct(net, featured(net, few, recipe.transfer.data.normalize), [0.01])[0])
+        percent(transfer_correct(net.feature_kernel, featured(net, few, recipe.transfer.data.normalize), [0.01])[0])
         for net in (recipe.build_model(), pizoo.train(recipe, device="cpu").model)
     ]
     assert isinstance(recipe.build_model(), InfPiMLP) and accuracies[1] > accuracies[0] + 1

@@ -105,10 +105,10 @@ class EntryFeatures:
             raise ValueError(f"data set {self.features.name!r} has no test part to measure a regression on")
         ridge, tried = ridges[0], None
         if len(ridges) > 1:
-            tried = validation_accuracies(self.model, self.features, ridges, VALIDATION, tolerance)
+            tried = validation_accuracies(self.model.feature_kernel, self.features, ridges, VALIDATION, tolerance)
             ridge = max(zip(tried, ridges, strict=True), key=lambda one: one[0])[1]
         begin = time.perf_counter()
-        right = transfer_correct(self.model, self.features, [ridge], tolerance)[0]
+        right = transfer_correct(self.model.feature_kernel, self.features, [ridge], tolerance)[0]
         return {
             "accuracy": percent(right),
             "ridge": ridge,

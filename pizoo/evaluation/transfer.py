@@ -18,6 +18,7 @@ from pizoo.data import Dataset, Normalize, keep_classes, split_validation, take_
 from pizoo.evaluation.accuracy import correct, percent
 from pizoo.evaluation.features import features
 from pizoo.functional import centred_one_hot
+from pizoo.kernels import KernelFunction
 from pizoo.models import PiNet
 
 # What `pizoo verify` measures again without a GPU: ridge regression on so many training images, on so many test images.
@@ -44,14 +45,15 @@ def featured(model: PiNet, target: Dataset, normalize: Normalize, dtype: torch.d
 
 
 def transfer_correct(
-    model: PiNet, found: Dataset, ridges: Sequence[float], tolerance: float | None = None
+    kernel: KernelFunction, found: Dataset, ridges: Sequence[float], tolerance: float | None = None
 ) -> list[Tensor]:
     """Which test items kernel ridge regression on the training items classifies correctly, with each ridge: bool [n].
 
     Float64 throughout.
 
     Args:
-        found: features of ``model`` (:func:`featured`), with a test part.
+        kernel: of features: a net's ``feature_kernel``.
+        found: features (:func:`featured`), with a test part.
         tolerance: solve iteratively, to this relative residual (:func:`pizoo.kernels.solve_iteratively`); None: directly.
 
     Raises:
@@ -64,18 +66,18 @@ def transfer_correct(
     if tolerance is None:
         remedy = "; or solve on a subset, or iteratively"
         kernels.check_memory(len(x), len(x), 8, x.device, copies=2, remedy=remedy)
-        duals = kernels.solve_ridges(kernels.matrix(model.feature_kernel, x, x), targets, ridges)
+        duals = kernels.solve_ridges(kernels.matrix(kernel, x, x), targets, ridges)
     else:
-        duals = [kernels.solve_iteratively(model.feature_kernel, x, targets, r, tolerance)[0] for r in ridges]
-    scores = kernels.product(model.feature_kernel, test_x, x, torch.cat(duals, 1))
+        duals = [kernels.solve_iteratively(kernel, x, targets, r, tolerance)[0] for r in ridges]
+    scores = kernels.product(kernel, test_x, x, torch.cat(duals, 1))
     return [correct(part.cpu(), found.test_y.cpu()) for part in scores.split(found.classes, 1)]
 
 
 def validation_accuracies(
-    model: PiNet, found: Dataset, ridges: Sequence[float], size: float, tolerance: float | None = None
+    kernel: KernelFunction, found: Dataset, ridges: Sequence[float], size: float, tolerance: float | None = None
 ) -> list[float]:
     """Accuracy in percent with each ridge on a share ``size`` of the training items, held out; the test part is not used."""
-    return [percent(right) for right in transfer_correct(model, split_validation(found, size), ridges, tolerance)]
+    return [percent(right) for right in transfer_correct(kernel, split_validation(found, size), ridges, tolerance)]
 
 
 def quick_split(target: Dataset, size: float) -> Dataset:
@@ -101,7 +103,7 @@ def measure_transfer(
     if next(model.parameters()).device.type != "cuda":
         target = verification_split(target)
     found = featured(model, target, normalize, dtype)
-    return found, transfer_correct(model, found, [ridge])[0]
+    return found, transfer_correct(model.feature_kernel, found, [ridge])[0]
 
 
 def described(split: Dataset, right: Tensor) -> dict[str, Any]:

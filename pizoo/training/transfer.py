@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pizoo import checkpoint
+from pizoo import checkpoint, kernels
 from pizoo.data import TransferData
 from pizoo.evaluation.accuracy import percent
 from pizoo.evaluation.transfer import (
@@ -46,6 +46,8 @@ class TransferTraining(Training):
     ):
         self.target, self.transfer = dataset.target, recipe.transfer
         super().__init__(recipe, dataset.source, folder, device, engine, rows_on)
+        count = len(self.target.train_y)  # refused now, beside the rows reserved, rather than after some epochs
+        kernels.check_memory(count, count, 8, device, copies=2, remedy=": a smaller transfer.data.subset")
 
     @staticmethod
     def check_data(recipe: Recipe, dataset: TransferData) -> None:
@@ -69,16 +71,16 @@ class TransferTraining(Training):
         features = featured(
             self.model, quick_split(self.target, self.transfer.validation), self.transfer.data.normalize
         )
-        return percent(transfer_correct(self.model, features, [self.transfer.ridge])[0])
+        return percent(transfer_correct(self.model.feature_kernel, features, [self.transfer.ridge])[0])
 
     def _transfer(self, epoch: int) -> dict[str, Any]:
         """Accuracy in percent with each ridge on held-out training images; at the published setting on the test images."""
         features = featured(self.model, self.target, self.transfer.data.normalize)
         ridges, size = self.transfer.ridges, self.transfer.validation
-        accuracies = validation_accuracies(self.model, features, ridges, size)
+        accuracies = validation_accuracies(self.model.feature_kernel, features, ridges, size)
         found: dict[str, Any] = {"ridges": list(ridges), "validation_accuracies": accuracies}
         if epoch == self.transfer.epoch:
-            right = transfer_correct(self.model, features, [self.transfer.ridge])[0]
+            right = transfer_correct(self.model.feature_kernel, features, [self.transfer.ridge])[0]
             found["at_published_setting"] = percent(right)
         return found
 
@@ -104,7 +106,7 @@ class TransferTraining(Training):
     def _results(self) -> dict[str, Any]:
         accuracy, epoch, ridge = self._choice()
         features = featured(self.model, self.target, self.transfer.data.normalize)
-        right = transfer_correct(self.model, features, [ridge])[0]
+        right = transfer_correct(self.model.feature_kernel, features, [ridge])[0]
         source = super()._results()
         printed = next((r for r in self.history if "at_published_setting" in r.get("transfer", {})), None)
         return {
@@ -130,7 +132,7 @@ class TransferTraining(Training):
 def target_correct(model: PiNet, recipe: Recipe, dataset: TransferData, ridge: float) -> Tensor:
     """Which test images of the target are classified correctly by ridge regression on all of its training images: bool [n]."""
     features = featured(model, dataset.target, recipe.transfer.data.normalize)
-    return transfer_correct(model, features, [ridge])[0]
+    return transfer_correct(model.feature_kernel, features, [ridge])[0]
 
 
 def ship(outcome: TrainResult, card: Path, dataset: TransferData) -> tuple[dict[str, Any], Tensor, Tensor]:
@@ -155,7 +157,7 @@ def ship(outcome: TrainResult, card: Path, dataset: TransferData) -> tuple[dict[
     loaded, _ = checkpoint.load(card, device=device, dtype=exact)
     features = featured(loaded, dataset.target, recipe.transfer.data.normalize, exact)
     small = verification_split(features)
-    right, right_of_small = (transfer_correct(loaded, part, [ridge])[0] for part in (features, small))
+    right, right_of_small = (transfer_correct(loaded.feature_kernel, part, [ridge])[0] for part in (features, small))
     recorded = {**outcome.results, "verification": described(small, right_of_small)}
     recorded["transfer"] = {**outcome.results["transfer"], **described(features, right)}
     return recorded, right, right_of_small
