@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -81,3 +84,11 @@ def test_inputs_of_another_size_and_what_has_no_features_are_refused():
             estimator.fit(np.zeros((3, 63)))
     with pytest.raises(TypeError, match="NNGPRegressor"):
         FeatureKernel("digits_nngp")(load_digits().data[:3])
+
+
+def test_the_readmes_example_runs_and_its_three_classifiers_agree(capsys):
+    readme = (Path(pizoo.__file__).parent.parent / "README.md").read_text()
+    (code,) = (block for block in re.findall(r"```python\n(.*?)```", readme, re.DOTALL) if "FeatureKernel" in block)
+    exec(compile(code, "README.md", "exec"), {})
+    found = [np.array(part.split(), dtype=int) for part in capsys.readouterr().out.replace("[", "").split("]")[:3]]
+    assert all(len(a) == 449 and (a == b).mean() > 0.97 for a, b in zip(found, found[1:] + found[:1], strict=True))

@@ -302,6 +302,14 @@ def test_another_number_of_classes_is_a_fresh_read_out_on_the_same_features(entr
     rebuilt.load_state_dict(reset.state_dict())
 
 
+@pytest.mark.parametrize("entry", NETS)
+def test_zero_classes_are_features_as_timm_has_it(entry, digits):
+    x = digits[0][:20]
+    created, loaded = timm.create_model(timm_name(entry), pretrained=True, num_classes=0).eval(), pizoo.load(entry)
+    with torch.no_grad():
+        assert torch.equal(created(x), loaded.forward_features(x)) and created(x).shape == (20, created.num_features)
+
+
 # torch.hub
 
 

@@ -138,15 +138,11 @@ def target_correct(model: PiNet, recipe: Recipe, dataset: TransferData, ridge: f
 def ship(outcome: TrainResult, card: Path, dataset: TransferData) -> tuple[dict[str, Any], Tensor, Tensor]:
     """Write the net of ``outcome`` into its card, finite nets in float16, and measure what a user will load from there.
 
-    Features of the shipped net are computed in float64, so that they are the same wherever they are computed again.
-
     Returns:
-        what to record; which test images it classifies correctly, by ridge regression on all training images, and on the
-        smaller set of images that `pizoo verify` takes without a GPU.
+        what to record, and which test images are classified correctly, as of :func:`measure_shipped`.
     """
-    recipe, model, ridge = outcome.recipe, outcome.model, outcome.results["transfer"]["ridge"]
-    device, exact = next(model.parameters()).device, torch.float64
-    config = recipe.config(dataset.source.class_names)
+    recipe, model = outcome.recipe, outcome.model
+    device, config = next(model.parameters()).device, recipe.config(dataset.source.class_names)
     if checkpoint.growing_layers(model):
         checkpoint.save_with_probe(card, model, config, dataset.source, recipe.data.normalize)
     else:
@@ -154,10 +150,27 @@ def ship(outcome: TrainResult, card: Path, dataset: TransferData) -> tuple[dict[
         rounded = copy.deepcopy(short).float().eval()
         x = recipe.data.normalize(dataset.source.train_x[: checkpoint.PROBE_INPUTS].to(device))
         checkpoint.save(card, short, config, {"x": x, "logits": checkpoint.probe_logits(rounded, x)})
-    loaded, _ = checkpoint.load(card, device=device, dtype=exact)
-    features = featured(loaded, dataset.target, recipe.transfer.data.normalize, exact)
+    return measure_shipped(card, recipe, dataset, outcome.results, device)
+
+
+def measure_shipped(
+    card: Path, recipe: Recipe, dataset: TransferData, results: dict[str, Any], device: torch.device
+) -> tuple[dict[str, Any], Tensor, Tensor]:
+    """Measure the net in a card with the ridge that its training chose. Its features are computed in float64, so that they are
+    the same wherever they are computed again.
+
+    Args:
+        results: of its training.
+
+    Returns:
+        ``results`` with what to record instead, and which test images are classified correctly: by ridge regression on all
+        training images, and on the smaller set of images that `pizoo verify` takes without a GPU.
+    """
+    exact, ridge = torch.float64, results["transfer"]["ridge"]
+    net, _ = checkpoint.load(card, device=device, dtype=exact)
+    features = featured(net, dataset.target, recipe.transfer.data.normalize, exact)
     small = verification_split(features)
-    right, right_of_small = (transfer_correct(loaded.feature_kernel, part, [ridge])[0] for part in (features, small))
-    recorded = {**outcome.results, "verification": described(small, right_of_small)}
-    recorded["transfer"] = {**outcome.results["transfer"], **described(features, right)}
+    right, right_of_small = (transfer_correct(net.feature_kernel, part, [ridge])[0] for part in (features, small))
+    recorded = {**results, "verification": described(small, right_of_small)}
+    recorded["transfer"] = {**results["transfer"], **described(features, right)}
     return recorded, right, right_of_small
