@@ -112,6 +112,8 @@ def train(
         err.print(f"interrupted; the same command goes on after the last finished epoch in {folder}", soft_wrap=True)
         raise typer.Exit(130) from None
     part, best = (loaded.tasks.headline if loaded.tasks else "test"), rows[0][1].get("best_epoch")
+    if loaded.transfer:
+        part = f"{loaded.transfer.data.name} test"
     if loaded.tasks:
         _print_splits([(name, one["splits"]) for name, one in rows], part)
     chosen = f"best epoch ({best['note']})" if best and loaded.train else "best epoch"
@@ -213,7 +215,7 @@ def evaluate(
         int | None, typer.Option(help="Epoch of a training checkpoint (the one it chose, else the last).")
     ] = None,
     tasks: Annotated[int | None, typer.Option(min=1, help="Tasks of each split, for a few-shot learner.")] = None,
-    ridge: Annotated[float | None, typer.Option(help="Of transfer; the published one if not given.")] = None,
+    ridge: Annotated[float | None, typer.Option(help="Of transfer (the one its training chose).")] = None,
     rows_on: RowsOn = "auto",
 ) -> None:
     """Measure the test accuracy of an entry or a checkpoint; of a few-shot learner on four splits."""

@@ -232,7 +232,8 @@ def test_without_a_gpu_verify_measures_the_smaller_problem_that_is_recorded(card
     assert report.measured == report.recorded == results["verification"]["accuracy"] != results["accuracy"]
     assert pizoo.verify(card, device="cpu", quick=True).status == "verified"
     assert pizoo.verify(card, device="cpu", images=10).status == "not run"
-    found = pizoo.evaluate(card, device="cpu", ridge=results["transfer"]["ridge"])
+    found = pizoo.evaluate(card, device="cpu")
+    assert found["ridge"] == results["transfer"]["ridge"]
     assert (found["images"], found["training_images"], found["data"]) == (100, 300, "digits")
     assert found["accuracy"] == pytest.approx(
         results["verification"]["accuracy"], abs=1.01
@@ -289,3 +290,15 @@ def test_features_that_learn_beat_random_ones():
         for net in (recipe.build_model(), pizoo.train(recipe, device="cpu").model)
     ]
     assert isinstance(recipe.build_model(), InfPiMLP) and accuracies[1] > accuracies[0] + 1
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_on_a_gpu_all_is_measured_and_training_chooses_as_on_a_cpu(card, tmp_path):
+    report = pizoo.verify(card, device="cuda")
+    results = json.loads((card / "results.json").read_text())
+    assert report.status == "verified" and report.recorded == results["accuracy"] and report.differing == 0
+    trained = [pizoo.train(small(), tmp_path / device, device=device).results["transfer"] for device in ("cpu", "cuda")]
+    assert abs(trained[0]["accuracy"] - trained[1]["accuracy"]) < 2
+    whole = pizoo.evaluate(tmp_path / "cuda", device="cuda")
+    assert whole["training_images"] == trained[1]["training_images"] and whole["accuracy"] == trained[1]["accuracy"]

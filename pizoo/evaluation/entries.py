@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pizoo import zoo
+from pizoo import checkpoint, zoo
 from pizoo.data import Dataset, TaskPool, load_tasks, read_images
 from pizoo.evaluation.accuracy import accuracy, choose_device, predict
 from pizoo.evaluation.fewshot import measure_splits
@@ -42,8 +42,8 @@ def evaluate(
         epoch: of a training checkpoint; None: the one its training chose, else the last.
         rows_on: of a name, where its rows are kept (:func:`pizoo.load`).
         tasks: of a few-shot learner, on how many tasks of each split; None: as many as its recipe says.
-        ridge: of a net whose recipe has ``transfer``, which is measured by ridge regression on its features' kernel; None: the
-            published one. Without a GPU it is measured on a smaller set of images.
+        ridge: of a net whose recipe has ``transfer``, which is measured by ridge regression on its features' kernel; None: for
+            a name the one that its training chose, else the published one. Without a large GPU it is measured on fewer images.
 
     Returns:
         ``accuracy`` in percent, ``images``, ``data``, ``seconds``, of transfer also ``training_images`` and ``ridge``; of a
@@ -70,7 +70,7 @@ def evaluate(
         raise ValueError(f"tasks is {tasks}; this net does not learn from tasks, and is measured on its test images")
     if transfer := model.config["recipe"].get("transfer"):
         dataset = dataset or zoo.dataset({"recipe": transfer}, data_dir)
-        ridge = transfer["ridge"] if ridge is None else ridge
+        ridge = _chosen_ridge(model_or_entry, transfer) if ridge is None else ridge
         with explained(_ran_out):
             split, right = measure_transfer(model, dataset, zoo.preprocessing({"recipe": transfer}), ridge)
         found = described(split, right)
@@ -91,6 +91,14 @@ def evaluate(
         "data": dataset.name,
         "seconds": time.perf_counter() - begin,
     }
+
+
+def _chosen_ridge(model_or_entry: nn.Module | str | os.PathLike, transfer: dict[str, Any]) -> float:
+    """The ridge that an entry's training chose, where there is a record of that; else the published one."""
+    if isinstance(model_or_entry, nn.Module):
+        return transfer["ridge"]
+    results = zoo.folder_of(model_or_entry) / checkpoint.RESULTS
+    return checkpoint.read_json(results)["transfer"]["ridge"] if results.exists() else transfer["ridge"]
 
 
 def _ran_out(reported: str) -> str:

@@ -19,9 +19,10 @@ from pizoo.evaluation.accuracy import correct, percent
 from pizoo.evaluation.features import features
 from pizoo.functional import centred_one_hot
 from pizoo.kernels import KernelFunction
+from pizoo.memory import free_memory
 from pizoo.models import PiNet
 
-# What `pizoo verify` measures again without a GPU: ridge regression on so many training images, on so many test images.
+# What `pizoo verify` measures again without a large GPU: ridge regression on so many training images, on so many test images.
 VERIFIED_TRAIN, VERIFIED_TEST = 5000, 2000
 QUICK_CLASSES = 3
 
@@ -86,21 +87,27 @@ def quick_split(target: Dataset, size: float) -> Dataset:
 
 
 def verification_split(target: Dataset) -> Dataset:
-    """The subset that is measured where there is no GPU: the first training images of a permutation, the first test images."""
+    """The subset that is measured where not all is: the first training images of a permutation, the first test images."""
     train = min(VERIFIED_TRAIN, len(target.train_x))
     small = take_subset(target, train)
     return replace(small, test_x=target.test_x[:VERIFIED_TEST], test_y=target.test_y[:VERIFIED_TEST])
 
 
+def measures_all(count: int, device: torch.device) -> bool:
+    """Whether a regression on ``count`` training images is measured: on a GPU with room for the kernel and its factor."""
+    return device.type == "cuda" and kernels.kernel_bytes(count, count, 8, device, copies=2) <= free_memory(device)
+
+
 def measure_transfer(
     model: PiNet, target: Dataset, normalize: Normalize, ridge: float, dtype: torch.dtype | None = None
 ) -> tuple[Dataset, Tensor]:
-    """Which test images are classified correctly: on a GPU of the whole target, elsewhere of :func:`verification_split`.
+    """Which test images are classified correctly: of the whole target where :func:`measures_all`, else of
+    :func:`verification_split`.
 
     Returns:
         features that it is measured on, and bool [n] of their test part.
     """
-    if next(model.parameters()).device.type != "cuda":
+    if not measures_all(len(target.train_y), next(model.parameters()).device):
         target = verification_split(target)
     found = featured(model, target, normalize, dtype)
     return found, transfer_correct(model.feature_kernel, found, [ridge])[0]

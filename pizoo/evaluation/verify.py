@@ -17,7 +17,7 @@ from pizoo.data import DataNotFoundError, load_tasks
 from pizoo.evaluation.accuracy import choose_device, correct, percent, predict
 from pizoo.evaluation.entries import attach_training_images
 from pizoo.evaluation.fewshot import TaskAccuracy, adapter, split_correct
-from pizoo.evaluation.transfer import measure_transfer
+from pizoo.evaluation.transfer import measure_transfer, measures_all
 
 # Logits of the probe may differ between devices and libraries by rounding, float16 rows included.
 PROBE_TOLERANCE = 2e-3
@@ -109,7 +109,7 @@ def verify(
         images: measure on this many first test images, and compare with what was recorded of the same ones: a smaller
             check where all of them take long, as for kernel regressors. None: all. What learns tasks has no test images: of
             these tasks the first :data:`pizoo.evaluation.fewshot.VERIFIED_TASKS` are measured. Transfer is measured on all
-            images on a GPU, elsewhere on fewer, of which an accuracy of their own is recorded.
+            images on a GPU with room for their kernel, elsewhere on fewer, of which an accuracy of their own is recorded.
 
     Returns:
         the report. A missing data set, missing weights or a damaged file are reported, not raised.
@@ -166,7 +166,9 @@ def verify(
 def _checked(results: dict[str, Any], images: int | None, device: torch.device) -> str:
     """What the recorded number is of, without ``quick``."""
     if "transfer" in results:
-        part = results["verification" if device.type != "cuda" else "transfer"]
+        part = results["transfer"]
+        if not measures_all(part["training_images"], device):
+            part = results.get("verification", part)
         return f"{part['test_images']:,} test images, {part['training_images']:,} training images"
     if tasks := results.get("verification"):
         return f"{tasks['tasks']:,} tasks of {results['split']}"
