@@ -42,8 +42,8 @@ NO_WEIGHTS = (
 )
 # Of features for another data set.
 VERIFY_TRANSFER = (
-    "`pizoo verify {entry}` re-measures this checkpoint: on a large GPU by ridge regression on all {train:,} training images of "
-    "{data}, elsewhere on {small:,} of them and the first {small_test:,} test images, of which another number is recorded "
+    "`pizoo verify {entry}` re-measures this checkpoint: on a large GPU by ridge regression on all {train:,} training images "
+    "of {data}, elsewhere on {small:,} of them and the first {small_test:,} test images, of which another number is recorded "
     "({small_accuracy:.2f} %); `pizoo verify --quick {entry}` checks the weights alone, without data."
 )
 # Of what learns tasks.

@@ -24,6 +24,7 @@ BLOCK_ROWS = 1024
 BLOCKS_AT_ONCE = 12
 EIGEN_FROM = 20  # ridges: an eigendecomposition, which serves all, takes as long as so many Cholesky decompositions
 LANDMARKS = 2000  # of the preconditioner
+JITTER = 1e-9  # of the kernel between landmarks, relative to its diagonal: some may coincide
 
 
 def blocks(function: KernelFunction, x: Tensor, y: Tensor) -> Iterator[tuple[slice, slice, Tensor]]:
@@ -157,12 +158,18 @@ def _nystrom(function: KernelFunction, x: Tensor, ridge: float, landmarks: int) 
     """``v -> (C W⁻¹ Cᵀ + ridge I)⁻¹ v`` with C the kernel between x and landmarks among them, W that between landmarks."""
     generator = torch.Generator().manual_seed(0)
     chosen = x[torch.randperm(len(x), generator=generator)[:landmarks].to(x.device)]
-    across, among = matrix(function, x, chosen), matrix(function, chosen, chosen)
-    jitter = 1e-10 * among.diagonal().mean()  # landmarks that coincide
-    factor = torch.linalg.cholesky(across.T @ across + ridge * among + jitter * torch.eye(landmarks).to(among))
+    among = matrix(function, chosen, chosen)
+    among.diagonal().add_(JITTER * among.diagonal().mean())
+    # C L⁻ᵀ with W = L Lᵀ: products of C itself would square the condition of W.
+    root = torch.linalg.solve_triangular(
+        torch.linalg.cholesky(among).T, matrix(function, x, chosen), upper=True, left=False
+    )
+    inner = root.T @ root
+    inner.diagonal().add_(ridge)
+    factor = torch.linalg.cholesky(inner)
 
     def precondition(v: Tensor) -> Tensor:
-        return (v - across @ torch.cholesky_solve(across.T @ v, factor)) / ridge
+        return (v - root @ torch.cholesky_solve(root.T @ v, factor)) / ridge
 
     return precondition
 

@@ -78,6 +78,9 @@ def test_conjugate_gradients_reach_the_solution_without_holding_the_kernel(monke
     wanted = functional.solve_ridge(functional.relu_kernel(x, x), targets, 1e-2)
     found, steps = kernels.solve_iteratively(functional.relu_kernel, x, targets, 1e-2, tolerance=1e-10, landmarks=50)
     torch.testing.assert_close(found, wanted, rtol=1e-6, atol=1e-6)
+    twice = torch.cat([x, x])  # landmarks that coincide
+    again, _ = kernels.solve_iteratively(functional.relu_kernel, twice, torch.cat([targets] * 2), 1e-2, landmarks=400)
+    torch.testing.assert_close(again[:200], again[200:], rtol=1e-4, atol=1e-4)
     _, without = kernels.solve_iteratively(functional.relu_kernel, x, targets, 1e-2, tolerance=1e-10, landmarks=1)
     assert 1 < steps < without / 2  # what the preconditioner is for
     with pytest.raises(ValueError, match="after 2 iterations, 1e-10 is wanted"):
@@ -301,4 +304,7 @@ def test_on_a_gpu_all_is_measured_and_training_chooses_as_on_a_cpu(card, tmp_pat
     trained = [pizoo.train(small(), tmp_path / device, device=device).results["transfer"] for device in ("cpu", "cuda")]
     assert abs(trained[0]["accuracy"] - trained[1]["accuracy"]) < 2
     whole = pizoo.evaluate(tmp_path / "cuda", device="cuda")
-    assert whole["training_images"] == trained[1]["training_images"] and whole["accuracy"] == trained[1]["accuracy"]
+    assert (
+        whole["training_images"] == trained[1]["training_images"]
+        and abs(whole["accuracy"] - trained[1]["accuracy"]) < 1
+    )
