@@ -149,7 +149,9 @@ def _mean(results: dict[str, Any]) -> str:
 def _print_plan(recipe: Any, data: Path | None, device: str | None, rows_on: str) -> None:
     """What training a recipe would take, as a table."""
     from pizoo.cards import duration
+    from pizoo.data import training_images
     from pizoo.evaluation.accuracy import choose_device
+    from pizoo.kernels import kernel_bytes
     from pizoo.training.finetune import initial_rows, source_net
     from pizoo.training.plan import plan, samples_per_epoch
 
@@ -171,6 +173,13 @@ def _print_plan(recipe: Any, data: Path | None, device: str | None, rows_on: str
     _print_table(columns, [row], caption=None)
     if planned.rows_on == "host":
         out.print(planned.streaming(recipe.entry), markup=False, soft_wrap=True)
+    if recipe.transfer:
+        target = recipe.transfer.data
+        known = training_images(target.name) if target.path is None and target.keep is None else None
+        count = target.subset or known or len(target.load(data).train_y)
+        size = kernel_bytes(count, count, 8, choose_device(device), copies=2) / 2**30
+        told = f"measuring transfer takes {size:.1f} GiB beside: a kernel of {count:,} images of {target.name} and its factor"
+        out.print(told, markup=False, soft_wrap=True)
     planned.check(recipe.entry)
 
 

@@ -500,6 +500,7 @@ def test_a_plan_needs_no_data(pizoo_command, tmp_path):
     found = pizoo_command("train", "imagenet32_infpi_r200", "--dry-run", "--data", tmp_path, "--set", "train.epochs=26")
     assert "imagenet32 is not here; planned for 320,000 training images" in found.out
     assert "8,320,200" in found.out and "520,000" in found.out  # rows a layer; steps
+    assert "measuring transfer takes 37.3 GiB beside: a kernel of 50,000 images of cifar10" in found.out
     missing = pizoo_command(
         "train", "cifar10_mu", "--dry-run", "--data", tmp_path, "--set", "data.keep=[1, 2]", "--set", "data.classes=2"
     )

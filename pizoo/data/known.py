@@ -119,7 +119,7 @@ def load_tasks(name: str, data_dir: str | os.PathLike | None = None) -> dict[str
 
 def training_images(name: str) -> int | None:
     """About how many training images a known data set has, of ``imagenet32`` in the paper's 250 classes; None: not known."""
-    return _known(name).training_images
+    return _KNOWN[name].training_images if name in _KNOWN else None
 
 
 def prepare(name: str, data_dir: str | os.PathLike | None = None) -> Path:

@@ -30,7 +30,7 @@ class Plan:
     Attributes:
         device: where it computes.
         steps: of the whole training.
-        rows: final number of rows of each growing layer (0 for finite nets).
+        rows: final number of rows of the largest growing layer (0 for finite nets).
         row_bytes: of all growing layers at the end.
         rows_on: where they are kept: "device", or "host", from where they stream to the device.
         needed: bytes in all, on the device: rows unless they are on the host, data, and headroom for all else.
