@@ -139,6 +139,13 @@ def test_a_source_with_another_trunk_is_refused_by_what_differs(recipe, source, 
         pizoo.train(finetuned(recipe, *sizes, source=source), device=CPU)
 
 
+@pytest.mark.parametrize("entry", ["digits_infpi", "digits_mu"])
+def test_a_net_with_nothing_left_to_train_is_refused(entry):
+    recipe = load_recipe(entry, [*SHORT, "model.hidden_layers=1", "train.freeze=[input, readout]"])
+    with pytest.raises(RecipeError, match=r"train\.freeze: found \['input', 'readout'\]; this net has no other layers"):
+        pizoo.train(recipe, device=CPU)
+
+
 def test_a_source_that_is_not_there_is_refused_by_name():
     with pytest.raises(zoo.UnknownEntryError, match="did you mean 'digits_infpi'"):
         pizoo.train(finetuned("digits_infpi", source="digits_infp"), device=CPU)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-import torch
+from torch import nn
 
 from pizoo import zoo
 from pizoo.checkpoint import growing_layers
 from pizoo.models import PiNet
+from pizoo.optim import named_roles
 from pizoo.recipes import Recipe, RecipeError
 
 NOT_THE_TRUNKS = ("d_out", "last_bias_alpha", "last_layer_alpha", "readout_zero_init", "initial_scales")
@@ -59,8 +60,16 @@ def take_trunk(model: PiNet, source: PiNet) -> None:
     model.load_state_dict(trunk, strict=False)
 
 
-def freeze(model: torch.nn.Module, roles: Iterable[str]) -> None:
-    """Have the layers with these roles ("input", "hidden", "readout") stay as they are, biases too."""
+def freeze(model: nn.Module, roles: Iterable[str]) -> None:
+    """Have the layers with these roles ("input", "hidden", "readout") stay as they are, biases too.
+
+    Raises:
+        RecipeError: nothing would be left to train.
+    """
     for module in model.modules():
         if getattr(module, "role", None) in roles:
             module.requires_grad_(False)
+    if not any(param.requires_grad for _, _, param in named_roles(model)):
+        raise RecipeError(
+            f"train.freeze: found {list(roles)}; this net has no other layers, so nothing would be trained"
+        )

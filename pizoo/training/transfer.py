@@ -45,6 +45,7 @@ class TransferTraining(Training):
         rows_on: str = "auto",
     ):
         self.target, self.transfer = dataset.target, recipe.transfer
+        self.quick = quick_split(self.target, self.transfer.validation)
         super().__init__(recipe, dataset.source, folder, device, engine, rows_on)
         count = len(self.target.train_y)  # refused now, beside the rows reserved, rather than after some epochs
         kernels.check_memory(count, count, 8, device, copies=2, remedy=": a smaller transfer.data.subset")
