@@ -12,7 +12,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from torch import Tensor
 
 from pizoo import checkpoint
-from pizoo.data import ASSETS, dataset_path
+from pizoo.data import ASSETS, IMAGENET32, dataset_path
 from pizoo.evaluation.accuracy import paired_difference
 from pizoo.evaluation.fewshot import SPLITS, TaskAccuracy
 from pizoo.plots import CURVES, SIZES, draw_curves, draw_sizes
@@ -23,11 +23,28 @@ PAPER = "https://openreview.net/forum?id=tUMr0Iox8XW"
 TAGS = ["pi-net", "infinite-width", "image-classification"]
 TASK_TAGS = [*TAGS, "few-shot-learning"]
 TUNED_SHOWN = 8  # settings of a search
-DATASETS = {"cifar10": "CIFAR-10", "digits": "scikit-learn digits", "omniglot": "Omniglot"}
+DATASETS = {
+    "cifar10": "CIFAR-10",
+    "digits": "scikit-learn digits",
+    "imagenet32": "250 classes of ImageNet at 32x32",
+    "omniglot": "Omniglot",
+    "tinyimagenet32": "Tiny-ImageNet at 32x32",
+}
 UNTRAINED = "No weights yet: `pizoo train {entry}` trains them, `pizoo.load` then takes the folder it writes."
 VERIFY = (
     "`pizoo verify {entry}` re-measures the number of this checkpoint; `pizoo verify --quick {entry}` checks the weights "
     "alone, without data."
+)
+# Of data that may not be handed on.
+NO_WEIGHTS = (
+    "No weights yet: its data set cannot be had freely. `pizoo train {entry}` trains them on its official files; a "
+    "checkpoint of the paper's own code can be converted; `{standin}` is trained on freely usable data by the same recipe."
+)
+# Of features for another data set.
+VERIFY_TRANSFER = (
+    "`pizoo verify {entry}` re-measures this checkpoint: on a large GPU by ridge regression on all {train:,} training images "
+    "of {data}, elsewhere on {small:,} of them and the first {small_test:,} test images, of which another number is recorded "
+    "({small_accuracy:.2f} %); `pizoo verify --quick {entry}` checks the weights alone, without data."
 )
 # Of what learns tasks.
 VERIFY_TASKS = (
@@ -189,7 +206,19 @@ class _Card:
 
     @property
     def data(self) -> str:
+        """What its number is on."""
+        name = (self.transfer or self.recipe)["data"]["name"]
+        return DATASETS.get(name, name)
+
+    @property
+    def source(self) -> str:
+        """What it is trained on."""
         return DATASETS.get(self.recipe["data"]["name"], self.recipe["data"]["name"])
+
+    @property
+    def transfer(self) -> dict[str, Any] | None:
+        """The recipe's part about another data set; None: it is measured on the one it is trained on."""
+        return self.recipe.get("transfer")
 
     @property
     def tasks(self) -> dict[str, Any] | None:
@@ -221,6 +250,8 @@ class _Card:
         """Which epoch's net its number is of, to end a sentence with; nothing for kernels."""
         if not self.recipe["train"]:
             return ""
+        if self.transfer:
+            return ", by ridge regression on its features' kernel, epoch and ridge chosen on held-out training images"
         return ", epoch chosen on validation classes" if self.tasks else " after the last epoch"
 
     @property
@@ -256,7 +287,7 @@ def _metadata(card: _Card) -> ModelCardData:
         measured[f"mean accuracy over {len(results['seeds'])} {card.run}s{card.chosen}"] = results["mean_accuracy"]
     shared = {
         "task_type": "image-classification",
-        "dataset_type": card.recipe["data"]["name"],
+        "dataset_type": (card.transfer or card.recipe)["data"]["name"],
         "dataset_name": card.data,
         "dataset_split": card.split,
         "metric_type": "accuracy",
@@ -279,7 +310,7 @@ def _headline(card: _Card) -> str:
             f"the queries of {card.count:,} tasks of {card.data} ({_shape(card)}, {_words(card.split)} classes)"
         )
     told = [f"**{_mean(results)} %** of {measured_on} are classified correctly{card.chosen}{over}."]
-    if card.recipe["train"] and not card.tasks:
+    if card.recipe["train"] and not card.tasks and not card.transfer:
         told.append(f"Best epochs, test-selected: {results['mean_best_epoch_accuracy']:.2f} %.")
     if card.compact:
         megabytes = card.compact["sizes"][-1]["bytes"] / 1e6
@@ -328,7 +359,19 @@ def _adapt(card: _Card) -> str:
 
 def _verification(card: _Card) -> str:
     if not card.results:
+        if card.recipe["data"]["name"] == IMAGENET32:
+            return NO_WEIGHTS.format(entry=card.name, standin=card.name.replace(IMAGENET32, f"tiny{IMAGENET32}"))
         return UNTRAINED.format(entry=card.name)
+    if card.transfer:
+        full, small = card.results["transfer"], card.results["verification"]
+        return VERIFY_TRANSFER.format(
+            entry=card.name,
+            data=card.data,
+            train=full["training_images"],
+            small=small["training_images"],
+            small_test=small["test_images"],
+            small_accuracy=small["accuracy"],
+        )
     if card.tasks:
         return VERIFY_TASKS.format(entry=card.name, verified=card.results["verification"]["tasks"])
     if not card.needs_images:
@@ -340,7 +383,8 @@ def _verification(card: _Card) -> str:
 def _sections(card: _Card) -> Iterator[tuple[str, str]]:
     """Titles and texts, in the order a reader asks."""
     if card.results:
-        yield "Numbers", _task_numbers(card) if card.tasks else _numbers(card)
+        numbers = _task_numbers if card.tasks else _transfer_numbers if card.transfer else _numbers
+        yield "Numbers", numbers(card)
     if card.compact:
         yield "A compact net", _compact(card)
     yield "The published number", _published(card)
@@ -420,6 +464,55 @@ def _task_numbers(card: _Card) -> str:
     return "\n".join([*lines, "", _measured(results)])
 
 
+def _transfer_numbers(card: _Card) -> str:
+    """Accuracies on the target as a table: at the epoch and ridge chosen, at the published ones; and of the net itself."""
+    results, transfer = card.results, card.transfer
+
+    def row(name: str, *cells: str) -> str:
+        return "| " + " | ".join((name, *cells)) + " |"
+
+    def setting(found: dict[str, Any]) -> str:
+        return f"epoch {found['epoch']}, ridge {found['ridge']:g}"
+
+    shipped = results["transfer"]
+    lines = [
+        f"Accuracy in percent on the {shipped['test_images']:,} test images of {card.data}, by ridge regression on the kernel "
+        f"of the features of its {shipped['training_images']:,} training images, in float64. Epoch and ridge are chosen on "
+        f"{100 * transfer['validation']:g} % of the training images, held out (accuracy on these in brackets). Times are "
+        "wall time, measuring included.",
+        "",
+        row(
+            "",
+            "chosen",
+            f"at the published epoch {transfer['epoch']} and ridge {transfer['ridge']:g}",
+            f"the net itself on {card.source}",
+            "time",
+        ),
+        row("---", "---", "---", "---", "---"),
+        row(
+            f"**this checkpoint** ({card.run} {results['shipped_seed']})",
+            f"**{results['accuracy']:.2f}**, {setting(shipped)}",
+            "",
+            "",
+            "",
+        ),
+    ]
+    for run in results["seeds"]:
+        found, fixed = run["transfer"], run["transfer"]["published_setting"]["accuracy"]
+        lines.append(
+            row(
+                f"{card.run} {run['seed']}",
+                f"{run['accuracy']:.2f}, {setting(found)} ({found['validation_accuracy']:.2f})",
+                "" if fixed is None else f"{fixed:.2f}",
+                "" if found["source"]["accuracy"] is None else f"{found['source']['accuracy']:.2f}",
+                duration(run["wall_seconds"]),
+            )
+        )
+    if len(results["seeds"]) > 1:
+        lines.append(row("mean ± standard error", _mean(results), "", "", duration(results["total_wall_seconds"])))
+    return "\n".join([*lines, "", _measured(results)])
+
+
 def _measured(results: dict[str, Any]) -> str:
     """Where and when."""
     commit = f", commit {results['commit']}" if results["commit"] else ""
@@ -466,15 +559,20 @@ def _compared(card: _Card) -> Iterator[str]:
     """Lines of a table: how far this entry is from those beside it on the same test images, or tasks."""
     if not card.results or card.run == "split":  # other splits are other test images
         return
-    name = card.recipe["data"]["name"]
     beside = [config.parent for config in sorted(card.folder.parent.glob(f"*/{checkpoint.CONFIG}"))]
     for folder in beside:
-        if folder.name == card.folder.name or checkpoint.read_config(folder)["recipe"]["data"]["name"] != name:
+        recipe = checkpoint.read_config(folder)["recipe"]
+        if folder.name == card.folder.name or _measured_on(recipe) != _measured_on(card.recipe):
             continue
         other = _Card.read(folder)
         if other.results and (other.split, other.count) == (card.split, card.count):
             away = paired_difference(_share(card), _share(other))
             yield f"| `{other.name}` | {away.points:+.2f} | {away.low:+.2f} to {away.high:+.2f} |"
+
+
+def _measured_on(recipe: dict[str, Any]) -> str:
+    """The data set that a recipe's number is on."""
+    return (recipe.get("transfer") or recipe)["data"]["name"]
 
 
 def _share(card: _Card) -> Tensor:
@@ -497,8 +595,9 @@ def _training(card: _Card) -> str:
     clip, schedule = train["clip"], train["schedule"]
     clipped = "" if clip["max_norm"] is None else f", gradients clipped at {clip['max_norm']:g}"
     stored = "rows" if recipe["model"]["kind"] == "infpi" else "weights"
-    measured = "validation" if card.tasks else "test"
+    measured = "validation" if card.tasks else "transfer" if card.transfer else "test"
     picture = f"\n\n![Training loss and {measured} accuracy over the epochs]({CURVES})"
+    images = f"{images} of {card.source}" if card.transfer else images
     epochs = f"{train['epochs']} epochs on {images}, batches of {train['batch_size']}"
     if card.tasks:
         order = "first" if card.tasks["first_order"] else "second"

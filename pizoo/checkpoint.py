@@ -60,6 +60,9 @@ CONFIG, MANIFEST, MODEL, PROBE, RESULTS, CORRECT = (
     "correct.safetensors",
 )
 SHIPPED = "shipped"  # in CORRECT: the shipped net, beside those of the seeds
+VERIFIED = (
+    "verified"  # in CORRECT: the shipped net where `pizoo verify` takes a smaller problem instead of the recorded one
+)
 LOCK = "train.lock"
 CPU = torch.device("cpu")
 DEEPEST = 1000  # layers
@@ -193,7 +196,9 @@ def json_sha256(value: Any) -> str:
 
 
 def describe(model: nn.Module) -> dict[str, Any]:
-    """What :func:`build` needs to make a net like ``model``, as plain JSON values."""
+    """What :func:`build` needs to make a net like ``model``, as plain JSON values; CheckpointError if it has no read-out."""
+    if not model.num_classes:
+        raise CheckpointError("a net without a read-out cannot be saved; reset_classifier gives it one")
     described = {"class": type(model).__name__, "hparams": model.hparams}
     if rows := next((module for module in model.modules() if isinstance(module, Rows)), None):
         described["rows_dtype"] = str(rows.A.dtype).removeprefix("torch.")

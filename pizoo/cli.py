@@ -1,8 +1,9 @@
-"""The command line: ``pizoo list | train | evaluate | predict | verify | reproduce | compact | convert | card | overview |
-publish | data``."""
+"""The command line: ``pizoo list | train | evaluate | predict | kernel | verify | reproduce | compact | convert | card |
+overview | publish | data``."""
 
 from __future__ import annotations
 
+import json
 import sys
 import warnings
 from collections.abc import Iterable, Sequence
@@ -75,6 +76,14 @@ def train(
     seeds: Annotated[
         str | None, typer.Option(help="Train several, each in its own folder under --out: 0-2 or 0,3,7.")
     ] = None,
+    init_from: Annotated[
+        str | None,
+        typer.Option(help="Go on from this entry's or checkpoint's net, with a fresh read-out (train.init_from)."),
+    ] = None,
+    freeze: Annotated[
+        str | None,
+        typer.Option(help="Layers to leave as they are: input, hidden or readout, or two of them: input,hidden."),
+    ] = None,
     data: Data = None,
     device: Device = None,
     rows_on: RowsOn = "auto",
@@ -87,7 +96,8 @@ def train(
     from pizoo.training.seeds import parse_seeds, run_seeds
     from pizoo.training.train import train as run
 
-    loaded = load_recipe(recipe, set_ or ())
+    given = [*(set_ or ()), *([f"train.init_from={json.dumps(init_from)}"] if init_from else [])]
+    loaded = load_recipe(recipe, [*given, *([f"train.freeze=[{freeze}]"] if freeze else [])])
     if dry_run:
         _print_plan(loaded, data, device, rows_on)
         return
@@ -104,6 +114,8 @@ def train(
         err.print(f"interrupted; the same command goes on after the last finished epoch in {folder}", soft_wrap=True)
         raise typer.Exit(130) from None
     part, best = (loaded.tasks.headline if loaded.tasks else "test"), rows[0][1].get("best_epoch")
+    if loaded.transfer:
+        part = f"{loaded.transfer.data.name} test"
     if loaded.tasks:
         _print_splits([(name, one["splits"]) for name, one in rows], part)
     chosen = f"best epoch ({best['note']})" if best and loaded.train else "best epoch"
@@ -139,13 +151,17 @@ def _mean(results: dict[str, Any]) -> str:
 def _print_plan(recipe: Any, data: Path | None, device: str | None, rows_on: str) -> None:
     """What training a recipe would take, as a table."""
     from pizoo.cards import duration
+    from pizoo.data import training_images
     from pizoo.evaluation.accuracy import choose_device
+    from pizoo.kernels import kernel_bytes
+    from pizoo.training.finetune import initial_rows, source_net
     from pizoo.training.plan import plan, samples_per_epoch
 
     if recipe.train is None:
         raise ValueError(f"{recipe.entry} is a kernel, which is not trained: there is no training to plan")
-    samples = samples_per_epoch(recipe) if recipe.tasks else len(recipe.data.load(data).train_x)
-    planned = plan(recipe, samples, choose_device(device), estimate_time=True, rows_on=rows_on)
+    samples = samples_per_epoch(recipe) if recipe.tasks else _training_images(recipe, data)
+    first = initial_rows(source_net(recipe))
+    planned = plan(recipe, samples, choose_device(device), estimate_time=True, rows_on=rows_on, first=first)
     row = (
         recipe.entry,
         f"{planned.steps:,}",
@@ -159,7 +175,29 @@ def _print_plan(recipe: Any, data: Path | None, device: str | None, rows_on: str
     _print_table(columns, [row], caption=None)
     if planned.rows_on == "host":
         out.print(planned.streaming(recipe.entry), markup=False, soft_wrap=True)
+    if recipe.transfer:
+        target = recipe.transfer.data
+        known = training_images(target.name) if target.path is None and target.keep is None else None
+        count = target.subset or known or len(target.load(data).train_y)
+        size = kernel_bytes(count, count, 8, choose_device(device), copies=2) / 2**30
+        told = f"measuring transfer takes {size:.1f} GiB beside: a kernel of {count:,} images of {target.name} and its factor"
+        out.print(told, markup=False, soft_wrap=True)
     planned.check(recipe.entry)
+
+
+def _training_images(recipe: Any, data: Path | None) -> int:
+    """How many images a recipe trains on; where these are not here, about how many, and a line that says so."""
+    from pizoo.data import DataNotFoundError, training_images
+
+    try:
+        return len(recipe.data.load(data).train_x)
+    except DataNotFoundError:
+        known = training_images(recipe.data.name) if recipe.data.path is None and recipe.data.keep is None else None
+        if known is None:
+            raise
+        samples = min(known, recipe.data.subset or known)
+        out.print(f"{recipe.data.name} is not here; planned for {samples:,} training images", soft_wrap=True)
+        return samples
 
 
 def _print_splits(rows: Iterable[tuple[str, dict[str, Any]]], headline: str) -> None:
@@ -188,12 +226,13 @@ def evaluate(
         int | None, typer.Option(help="Epoch of a training checkpoint (the one it chose, else the last).")
     ] = None,
     tasks: Annotated[int | None, typer.Option(min=1, help="Tasks of each split, for a few-shot learner.")] = None,
+    ridge: Annotated[float | None, typer.Option(help="Of transfer (the one its training chose).")] = None,
     rows_on: RowsOn = "auto",
 ) -> None:
     """Measure the test accuracy of an entry or a checkpoint; of a few-shot learner on four splits."""
     from pizoo.evaluation.entries import evaluate as run
 
-    result = run(entry, data_dir=data, device=device, epoch=epoch, rows_on=rows_on, tasks=tasks)
+    result = run(entry, data_dir=data, device=device, epoch=epoch, rows_on=rows_on, tasks=tasks, ridge=ridge)
     if "splits" in result:
         _print_splits([(entry, result["splits"])], result["split"])
         return
@@ -205,6 +244,66 @@ def evaluate(
         f"{result['seconds']:.1f} s",
     )
     _print_table(("entry", "data", "images", "accuracy", "time"), [row])
+    if "ridge" in result:
+        told = f"by ridge regression on the features' kernel of {result['training_images']:,} training images"
+        out.print(f"{told}, ridge {result['ridge']:g}", soft_wrap=True)
+
+
+@app.command()
+def kernel(
+    entry: Annotated[str, typer.Argument(help="An entry's name, or the folder of a checkpoint.")],
+    on: Annotated[
+        str | None,
+        typer.Option(help="Data set: a name, an .npz or a folder of images (what the entry's number is on)."),
+    ] = None,
+    out_file: Annotated[
+        Path | None,
+        typer.Option("--out", help="Write the kernel here, an .npy: training images first, then test images."),
+    ] = None,
+    ridge: Annotated[
+        list[float] | None,
+        typer.Option(help="Ridge regression on it. May be repeated: the best on held-out training images is taken."),
+    ] = None,
+    subset: Annotated[int | None, typer.Option(min=1, help="So many training images only.")] = None,
+    iterative: Annotated[
+        bool,
+        typer.Option(help="Solve by preconditioned conjugate gradients: for a kernel that does not fit in memory."),
+    ] = False,
+    tolerance: Annotated[float, typer.Option(help="Relative residual, with --iterative.")] = 1e-6,
+    data: Data = None,
+    device: Device = None,
+    epoch: Annotated[int | None, typer.Option(help="Epoch of a training checkpoint.")] = None,
+    rows_on: RowsOn = "auto",
+) -> None:
+    """The kernel of a net's features on a data set: to a file, or straight into ridge regression."""
+    from pizoo.evaluation.kernel import EntryFeatures
+    from pizoo.kernels import check_ridges
+
+    if out_file is None and not ridge:
+        raise ValueError("give --out FILE.npy, --ridge 1e-4, or both: there is nothing else to do with a kernel")
+    check_ridges(ridge or [1.0])
+    found = EntryFeatures(entry, on, subset, data_dir=data, device=device, epoch=epoch, rows_on=rows_on)
+    if out_file is not None:
+        rows, columns = found.save(out_file)
+        parts = f"{len(found.features.train_y):,} training images"
+        if found.features.test_y is not None:
+            parts += f", then {len(found.features.test_y):,} test images"
+        out.print(f"wrote {out_file}: {rows:,} x {columns:,}, {parts}", markup=False, soft_wrap=True)
+    if ridge:
+        result = found.regress(ridge, tolerance if iterative else None)
+        row = (
+            entry,
+            found.features.name,
+            f"{result['training_images']:,} / {result['test_images']:,}",
+            f"{result['ridge']:g}",
+            _percent(result["accuracy"]),
+            f"{result['feature_seconds']:.1f} s",
+            f"{result['seconds']:.1f} s",
+        )
+        columns = ("entry", "data", "training / test images", "ridge", "accuracy", "features", "regression")
+        _print_table(columns, [row])
+        for tried, accuracy in zip(ridge, result["validation_accuracies"] or (), strict=False):
+            out.print(f"ridge {tried:g}: {accuracy:.2f} on held-out training images")
 
 
 @app.command()
@@ -280,6 +379,9 @@ def verify(
     for report in reports:
         if report.half_width is not None:
             told = f"measured on {report.check}, ± the 95 % interval; mean over seeds of all recorded tasks"
+            out.print(f"{report.entry}: {told}", markup=False, soft_wrap=True)
+        elif "training images" in report.check:
+            told = f"ridge regression on {report.check}; mean over seeds of the whole problem"
             out.print(f"{report.entry}: {told}", markup=False, soft_wrap=True)
         if report.reason:
             out.print(f"{report.entry}: {report.reason}", markup=False, soft_wrap=True)
@@ -462,7 +564,9 @@ def convert(
 
 
 @data_app.command("prepare")
-def data_prepare(name: Annotated[str, typer.Argument(help="cifar10 or omniglot")], data: Data = None) -> None:
+def data_prepare(
+    name: Annotated[str, typer.Argument(help="cifar10, omniglot or tinyimagenet32")], data: Data = None
+) -> None:
     """Download a data set and write it into the data folder."""
     from pizoo.data import prepare
 

@@ -26,7 +26,16 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, Strict, ValidationError, model_serializer, model_validator
 
 import pizoo
-from pizoo.data import DIGITS_SPLITS, Dataset, Normalize, TaskPool, list_datasets, load_dataset, load_tasks
+from pizoo.data import (
+    DIGITS_SPLITS,
+    Dataset,
+    Normalize,
+    TaskPool,
+    TransferData,
+    list_datasets,
+    load_dataset,
+    load_tasks,
+)
 from pizoo.models import (
     FinPiMLP,
     InfPiMLP,
@@ -48,6 +57,7 @@ Counts = Annotated[tuple[Count, ...], Strict(False)]
 
 
 ENTRYS_OWN = ("entry", "description", "published", "differs", "seeds", "tolerance", "tune", "compact")
+NETWORKS = {"infpi": InfPiMLP, "finpi": FinPiMLP, "mu": MuMLP}
 KERNELS = {"nngp": NNGPRegressor, "ntk": NTKRegressor}
 KERNEL_LEARNERS = {"nngp": NNGPLearner, "ntk": NTKLearner}
 
@@ -156,6 +166,9 @@ class Data(_Part):
     std: Annotated[tuple[Positive, ...], Strict(False)] | None = None
     subset: Count | None = None
     split: Annotated[int, Field(ge=0, lt=DIGITS_SPLITS)] = 0
+    # Numbers of the classes to keep, which become 0, 1, ...; None: all, of imagenet32 the paper's 250.
+    keep: Annotated[tuple[int, ...], Strict(False)] | None = None
+    only_if_given: ClassVar[tuple[str, ...]] = ("keep",)
 
     @model_validator(mode="after")
     def _check(self) -> Data:
@@ -173,6 +186,8 @@ class Data(_Part):
                 raise ValueError(f"{key}: found null; must be given, as mean and std go together")
             if values is not None and len(values) != self.input_size[0]:
                 raise ValueError(f"{key}: found {list(values)}; must have one value per channel, {self.input_size[0]}")
+        if self.keep is not None and len(self.keep) != self.classes:
+            raise ValueError(f"keep: found {len(self.keep)} numbers; must be as many as classes, {self.classes}")
         return self
 
     @property
@@ -208,6 +223,7 @@ class Data(_Part):
             subset=self.subset,
             input_size=self.input_size,
             classes=self.classes,
+            keep=self.keep,
         )
 
 
@@ -249,7 +265,7 @@ class Cosine(_Part):
 class Train(_Part):
     """Training; defaults are those of :mod:`pizoo.optim`."""
 
-    only_if_given: ClassVar[tuple[str, ...]] = ("steps_per_epoch",)
+    only_if_given: ClassVar[tuple[str, ...]] = ("steps_per_epoch", "init_from", "freeze")
     epochs: Count
     steps_per_epoch: Count | None = None  # of few-shot training; None: as many as pass over the training images once
     batch_size: Count  # images; in few-shot training tasks
@@ -267,6 +283,12 @@ class Train(_Part):
     # Of growing rows and finite weights; int8, with a scale per row, is for growing rows alone.
     dtype: Literal["int8", "float16", "bfloat16", "float32", "float64"] = "float32"
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    # An entry or a checkpoint's folder whose net to go on from, with a fresh read-out; None: from random initial values.
+    init_from: Annotated[str, Field(min_length=1)] | None = None
+    # Layers that stay as they are, from the input on; None: all are trained.
+    freeze: Annotated[tuple[Literal["input", "hidden", "readout"], ...], Field(min_length=1), Strict(False)] | None = (
+        None
+    )
 
     @model_validator(mode="after")
     def _check(self) -> Train:
@@ -281,6 +303,10 @@ class Train(_Part):
             raise ValueError(
                 f"apply_lr_mult_to_wd: found false; must be true with momentum {self.momentum}, which applies weight decay "
                 "through the velocity, multipliers included"
+            )
+        if self.freeze is not None and (len(set(self.freeze)) < len(self.freeze) or len(self.freeze) == 3):
+            raise ValueError(
+                f"freeze: found {list(self.freeze)}; must name one or two of input, hidden, readout, once each"
             )
         return self
 
@@ -312,6 +338,24 @@ class Tasks(_Part):
                 "first_order: found false; must be true with layers all, whose second order no rows can hold"
             )
         return self
+
+
+class Transfer(_Part):
+    """Ridge regression on the kernel of a net's features on another data set; see :mod:`pizoo.evaluation.transfer`.
+
+    Epoch and ridge are chosen on a part of that data set's training images, held out; the published ones stand beside them.
+    """
+
+    data: Data
+    epoch: Count  # the published number is of, with
+    ridge: Positive
+    ridges: Annotated[tuple[Positive, ...], Field(min_length=1), Strict(False)]  # to choose from
+    epochs: Counts  # to choose from, beside the last
+    validation: Annotated[float, Field(gt=0, lt=1)] = 0.2  # fraction of the training images to hold out
+
+    def measured_after(self, epoch: int, last: int) -> bool:
+        """Whether the choice is also from epoch ``epoch`` of a training of ``last``."""
+        return epoch in (*self.epochs, self.epoch, last)
 
 
 class Tune(_Part):
@@ -370,13 +414,14 @@ class Recipe(_Part):
     data: Data
     tasks: Tasks | None = None  # few-shot learning; None: supervised
     train: Train | None = None  # None for the kernels
+    transfer: Transfer | None = None  # what its features are measured on
     seeds: Annotated[int, Field(ge=1, le=1000)] = 1  # how many the entry's recorded mean is over: 0, 1, ...
     published: Published | None = None
     differs: Annotated[str, Field(min_length=1)] | None = None  # in what the numbers differ from the published, and why
     tolerance: Tolerance = Tolerance()
     tune: Tune | None = None
     compact: Compact | None = None  # None: what was trained is shipped
-    only_if_given: ClassVar[tuple[str, ...]] = ("tasks", "compact")
+    only_if_given: ClassVar[tuple[str, ...]] = ("tasks", "transfer", "compact")
 
     @model_validator(mode="before")
     @classmethod
@@ -439,6 +484,21 @@ class Recipe(_Part):
         return self
 
     @model_validator(mode="after")
+    def _check_transfer(self) -> Recipe:
+        if self.tasks is not None and self.train and (self.train.init_from or self.train.freeze):
+            raise ValueError("train.init_from, train.freeze: must be left out with tasks")
+        if self.transfer is None:
+            return self
+        if self.train is None or self.tasks is not None:
+            raise ValueError("transfer: must be left out; it is of a net trained on images")
+        if self.transfer.data.input_size != self.data.input_size:
+            raise ValueError(
+                f"transfer.data.input_size: found {list(self.transfer.data.input_size)}; must be that of the net, "
+                f"{list(self.data.input_size)}"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _check_tune(self) -> Recipe:
         if self.tune is None:
             return self
@@ -472,9 +532,22 @@ class Recipe(_Part):
                 return None
         return name if model.hidden_layers == 2 else f"{name}_l{model.hidden_layers}"
 
-    def load_data(self, data_dir: str | os.PathLike | None = None) -> Dataset | dict[str, TaskPool]:
-        """What it trains on and is measured on: a data set, or with ``tasks`` the classes of each split."""
-        return self.data.load(data_dir) if self.tasks is None else self.data.load_tasks(data_dir)
+    @property
+    def hparams(self) -> dict[str, Any]:
+        """The arguments that ``model`` and ``data`` give to the model's class."""
+        return {**self.model.model_dump(exclude={"kind"}), "d_in": self.data.d, "d_out": self.data.classes}
+
+    @property
+    def network(self) -> type[PiNet]:
+        """The class of a recipe's net."""
+        return NETWORKS[self.model.kind]
+
+    def load_data(self, data_dir: str | os.PathLike | None = None) -> Dataset | TransferData | dict[str, TaskPool]:
+        """What it trains on and is measured on: a data set; with ``transfer`` two, with ``tasks`` the classes of each split."""
+        if self.tasks is not None:
+            return self.data.load_tasks(data_dir)
+        source = self.data.load(data_dir)
+        return source if self.transfer is None else TransferData(source, self.transfer.data.load(data_dir))
 
     def with_seed(self, seed: int) -> Recipe:
         """The same recipe run again: another ``train.seed``, and on the digits another split as well."""
@@ -499,7 +572,7 @@ class Recipe(_Part):
         ``train.dtype`` is of growing rows and finite weights; inputs, biases and ``amult`` of infinite nets are at least
         float32. CPUs compute in float16 and bfloat16 slowly or not at all: finite nets are float32 there.
         """
-        hparams = {**self.model.model_dump(exclude={"kind"}), "d_in": self.data.d, "d_out": self.data.classes}
+        hparams = self.hparams
         if self.train is None:
             kernels = KERNELS if self.tasks is None else KERNEL_LEARNERS
             return kernels[self.model.kind](**hparams).to(device)
@@ -509,7 +582,7 @@ class Recipe(_Part):
             torch.manual_seed(self.train.seed)
             if isinstance(self.model, InfPi):
                 return InfPiMLP(**hparams, dtype=full, rows_dtype=dtype).to(device)
-            net = (FinPiMLP if isinstance(self.model, FinPi) else MuMLP)(**hparams, dtype=full)
+            net = self.network(**hparams, dtype=full)
         return net.to(device, full if torch.device(device or "cpu").type == "cpu" else dtype)
 
     def config(self, class_names: Sequence[str]) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from torch import nn
 
 from pizoo import checkpoint, hub
 from pizoo.checkpoint import CheckpointError
-from pizoo.data import ASSETS, Normalize, dataset_path, load_dataset
+from pizoo.data import ASSETS, IMAGENET32, Normalize, dataset_path, load_dataset
 from pizoo.models import InfPiMLP, KernelLearner, KernelRegressor, PiNet
 from pizoo.rows import check_place
 
@@ -147,6 +147,8 @@ def has_weights(entry: str) -> bool:
 def check_weights(folder: Path) -> None:
     """Raise WeightsNotFoundError for the folder of a card without weights."""
     if folder.parent == cards_dir() and not (folder / checkpoint.MODEL).is_file():
+        if checkpoint.read_config(folder)["recipe"]["data"]["name"] == IMAGENET32:
+            raise WeightsNotFoundError(_none_exist(folder.name))
         raise WeightsNotFoundError(
             f"the weights of {folder.name!r} are not in {folder}; train them with `pizoo train {folder.name}`, then load "
             f"the folder that it writes, or load the net untrained with pretrained=False; where somebody has published it, "
@@ -217,6 +219,14 @@ def load(
     return model
 
 
+def _none_exist(entry: str) -> str:
+    return (
+        f"no weights of {entry!r} exist: its data set may not be handed on. Train them from its official files with `pizoo "
+        f"train {entry}`, convert a checkpoint of the paper's own code, take {'tiny' + entry!r}, which is trained on free "
+        "data by the same recipe, or load the net untrained with pretrained=False"
+    )
+
+
 def preprocessing(config: dict[str, Any]) -> Normalize:
     """What turns raw inputs into the net's, as its ``config.json`` says."""
     data = config["recipe"]["data"]
@@ -235,6 +245,7 @@ def dataset(config: dict[str, Any], data_dir: str | os.PathLike | None = None):
         subset=data["subset"],
         input_size=tuple(data["input_size"]),
         classes=data["classes"],
+        keep=data.get("keep"),
     )
 
 

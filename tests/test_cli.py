@@ -18,7 +18,7 @@ from PIL import Image
 from rich.console import Console
 
 import pizoo
-from pizoo import checkpoint, cli, zoo
+from pizoo import checkpoint, cli, functional, zoo
 from pizoo.data import load_dataset
 
 README = Path(__file__).parent.parent / "README.md"
@@ -521,3 +521,49 @@ def test_convert_of_a_net_whose_data_are_not_here_says_so(pizoo_command, tmp_pat
     assert shown.code == 0, shown.err
     assert "written to runs/epoch50" in shown.out and "61.31" in shown.out
     assert "not measured:" in shown.out and "cifar10.npz" in shown.out
+
+
+def test_a_plan_needs_no_data(pizoo_command, tmp_path):
+    found = pizoo_command("train", "imagenet32_infpi_r200", "--dry-run", "--data", tmp_path, "--set", "train.epochs=26")
+    assert "imagenet32 is not here; planned for 320,000 training images" in found.out
+    assert "8,320,200" in found.out and "520,000" in found.out  # rows a layer; steps
+    assert "measuring transfer takes 37.3 GiB beside: a kernel of 50,000 images of cifar10" in found.out
+    missing = pizoo_command(
+        "train", "cifar10_mu", "--dry-run", "--data", tmp_path, "--set", "data.keep=[1, 2]", "--set", "data.classes=2"
+    )
+    assert missing.code == 2 and "cifar10 is not at" in missing.err
+
+
+def test_a_kernel_goes_to_a_file_or_into_a_regression(pizoo_command, tmp_path):
+    net, digits = pizoo.load("digits_infpi"), load_dataset("digits")
+    x = pizoo.zoo.preprocessing(net.config)(torch.cat([digits.train_x, digits.test_x]))
+    found = pizoo_command("kernel", "digits_infpi", "--out", tmp_path / "K.npy", "--ridge", "0.01")
+    assert found.code == 0 and "1,797 x 1,797, 1,348 training images, then 449 test images" in found.out
+    K = torch.from_numpy(np.load(tmp_path / "K.npy"))
+    torch.testing.assert_close(K, pizoo.feature_kernel(net, x))
+    dual = functional.solve_ridge(K[:1348, :1348].double(), functional.centred_one_hot(digits.train_y, 10), 0.01)
+    accuracy = 100 * ((K[1348:, :1348].double() @ dual).argmax(1) == digits.test_y).double().mean().item()
+    assert f"{accuracy:.2f}" in found.out
+    small = pizoo_command("kernel", "digits_mu", "--ridge", "1", "--ridge", "0.01", "--subset", "300", "--iterative")
+    assert small.code == 0 and "300 / 449" in small.out and small.out.count("on held-out training images") == 2
+    own = {"train_images": digits.train_x[:, 0].numpy(), "train_labels": digits.train_y.numpy()}
+    np.savez(tmp_path / "own.npz", **own, test_images=digits.test_x[:, 0].numpy(), test_labels=digits.test_y.numpy())
+    mine = pizoo_command("kernel", "digits_infpi", "--on", tmp_path / "own.npz", "--ridge", "0.01")
+    assert mine.code == 0 and "own" in mine.out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["digits_infpi"], "give --out FILE.npy, --ridge 1e-4, or both"),
+        (["digits_infpi", "--ridge", "0"], "ridge is 0.0; it must be positive"),
+        (["digits_infpi", "--out", "K.txt"], "out is 'K.txt'; it must end in .npy"),
+        (["digits_nngp", "--ridge", "1"], "model is a NNGPRegressor; the feature kernel is of an InfPiMLP"),
+        (["digits_infpi", "--ridge", "1", "--on", "nowhere"], "'nowhere' is neither a data set (cifar10, digits"),
+        (["digits_infpi", "--ridge", "1", "--subset", "9999"], "subset is 9999; it must be 1 to 1348"),
+        (["imagenet32_mu", "--ridge", "1"], "no weights of 'imagenet32_mu' exist"),
+    ],
+)
+def test_a_kernel_that_cannot_be_made_is_refused(pizoo_command, arguments, message):
+    found = pizoo_command("kernel", *arguments)
+    assert found.code in (1, 2) and message in found.err.replace("\n", " ")

@@ -42,6 +42,16 @@ VARIANTS = {
         [*INFINITE, "model.hidden_layers=1", "model.readout_zero_init=true", "train.schedule={name: cosine}"],
     ),
     "finite, projected, decay": ("digits_finpi", [*SMALL, "model.width=40", "model.r=20", "train.weight_decay=0.01"]),
+    "infinite, input frozen": ("digits_infpi", [*INFINITE, "train.freeze=[input]"]),
+    "infinite, three hidden layers, hidden frozen": (
+        "digits_infpi",
+        [*INFINITE, "model.hidden_layers=3", "train.freeze=[hidden]", "train.weight_decay=0.01"],
+    ),
+    "infinite, read-out alone": ("digits_infpi", [*INFINITE, "train.freeze=[input, hidden]"]),
+    "finite, input and read-out frozen": (
+        "digits_finpi",
+        [*SMALL, "model.width=40", "model.r=20", "train.freeze=[input, readout]"],
+    ),
     "finite, plain, no clipping": ("digits_mu", [*SMALL, "model.width=40", "train.clip.max_norm=null"]),
 }
 

@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pizoo import functional
+from pizoo import checkpoint, functional, kernels
+from pizoo.checkpoint import CheckpointError
 from pizoo.models import FinPiMLP, InfPiMLP, MuMLP, NNGPRegressor, NTKRegressor, PiNet
 from pizoo.optim import PiSGD, clip_grad_norm_, param_groups
 
@@ -44,6 +45,36 @@ def copied_state(net: nn.Module) -> dict[str, Tensor]:
 
 
 KINDS = pytest.mark.parametrize("kind", [InfPiMLP, FinPiMLP, MuMLP], ids=lambda kind: kind.__name__)
+
+
+# ------------------------------------------------------------------ timm's conventions
+
+
+@KINDS
+def test_a_net_is_its_read_out_on_its_features_under_timms_names(kind):
+    net = make(kind)
+    x = data()[0]
+    features = net.forward_features(x)
+    assert features.shape == (8, net.num_features) and net.get_classifier() is net.all_layers[-1]
+    assert torch.equal(net.forward_head(features), net(x)) and net.num_classes == CLASSES
+    assert net.forward_head(features, pre_logits=True) is features
+
+
+@KINDS
+def test_without_a_classifier_a_net_gives_its_features_until_it_is_given_one(kind):
+    net = make(kind, hidden_layers=1)
+    x = data()[0]
+    features = net.features(x)
+    net.reset_classifier(0)
+    assert net.num_classes == 0 and torch.equal(net(x), features)
+    with pytest.raises(CheckpointError, match="without a read-out cannot be saved"):
+        checkpoint.describe(net)
+    net.reset_classifier(7)
+    assert net(x).shape == (8, 7) and torch.equal(net.features(x), features)
+    assert net(x).dtype == F64 and sum(p.numel() for p in net.get_classifier().parameters())
+    for wrong in (-1, 2.0, True, False):
+        with pytest.raises(ValueError, match=f"num_classes is {wrong}; it must be a positive integer"):
+            net.reset_classifier(wrong)
 
 
 # ------------------------------------------------------------------ finite and infinite nets
@@ -330,9 +361,9 @@ def test_the_ntk_regressor_passes_on_all_parameters_of_its_kernel() -> None:
 def test_a_kernel_is_the_same_in_whatever_blocks_it_is_computed(monkeypatch) -> None:
     regressor, (x_test, _) = NNGPRegressor(D, CLASSES, depth=2).fit(*data(20)), data(7, 2)
     whole, scores = regressor.kernel_matrix(x_test, regressor.train_x), regressor(x_test)
-    monkeypatch.setattr("pizoo.models.kernel.BLOCK_ROWS", 3)
-    monkeypatch.setattr("pizoo.models.kernel.BLOCK_ENTRIES", {"cpu": 12})
-    shapes = [tuple(block.shape) for _, _, block in regressor._blocks(x_test, regressor.train_x)]
+    monkeypatch.setattr("pizoo.kernels.BLOCK_ROWS", 3)
+    monkeypatch.setattr("pizoo.kernels.BLOCK_ENTRIES", {"cpu": 12})
+    shapes = [tuple(block.shape) for _, _, block in kernels.blocks(regressor._function, x_test, regressor.train_x)]
     assert shapes == 2 * 5 * [(3, 4)] + 5 * [(1, 4)]
     torch.testing.assert_close(regressor.kernel_matrix(x_test, regressor.train_x), whole)
     torch.testing.assert_close(regressor(x_test), scores)

@@ -39,11 +39,12 @@ def write(tmp_path):
 
 
 def test_every_entry_has_a_recipe_that_names_itself():
-    assert list_recipes() == [f"{data}_{kind}" for data in DATA for kind in KINDS]
+    transferred = [f"{data}_{net}" for data in SOURCES for net in PUBLISHED_FEATURES]
+    assert list_recipes() == sorted([f"{data}_{kind}" for data in DATA for kind in KINDS] + transferred)
     for entry in list_recipes():
         recipe = load_recipe(entry)
         assert recipe.entry == entry
-        assert entry.endswith(recipe.model.kind)
+        assert entry.split("_")[1] == recipe.model.kind
 
 
 # Entry: published accuracy; width, r; batch size, lr, clip, milestone, weight decay; multipliers first and last; alphas
@@ -89,6 +90,49 @@ def test_the_published_kernels_have_the_printed_settings(entry, accuracy):
     assert (model.depth, model.var_w, model.var_b, model.ridge) == (2, 1, 0, 1e-4)
     if model.kind == "ntk":
         assert model.first_layer_lr_mult == model.last_layer_lr_mult == model.bias_lr_mult == 1
+
+
+SOURCES = ("imagenet32", "tinyimagenet32")
+# Net: published accuracy; width, r; lr, clip, weight decay; alpha bias, multiplier first; epoch and ridge.
+PUBLISHED_FEATURES = {
+    "mu": (61.84, 2048, None, 0.005, None, 0.008, 4, 0.553341, 32, 1e-4),
+    "finpi_r200": (58.02, 2048, 200, 0.028284, 0.4, 1.77e-4, 0.353553, 1.524828, 27, 1e-4),
+    "finpi_r400": (59.36, 2048, 400, 0.05, 0.8, 5e-4, 0.707107, 0.612372, 31, 1e-3),
+    "infpi_r200": (64.39, None, 200, 0.01, None, 1e-4, 0.5, 1, 26, 1e-4),
+}
+
+
+@pytest.mark.parametrize("source", SOURCES)
+@pytest.mark.parametrize("net", PUBLISHED_FEATURES)
+def test_features_for_transfer_are_trained_with_the_published_settings(source, net):
+    recipe = load_recipe(f"{source}_{net}")
+    model, train, transfer = recipe.model, recipe.train, recipe.transfer
+    published, *settings = PUBLISHED_FEATURES[net]
+    assert (
+        getattr(model, "width", None),
+        getattr(model, "r", None),
+        train.lr,
+        train.clip.max_norm,
+        train.weight_decay,
+        model.bias_alpha,
+        train.first_layer_lr_mult,
+        transfer.epoch,
+        transfer.ridge,
+    ) == tuple(settings)
+    assert (recipe.published and recipe.published.accuracy) == (published if source == "imagenet32" else None)
+    assert (model.hidden_layers, model.first_layer_alpha, model.last_layer_alpha, model.last_bias_alpha) == (
+        2,
+        1,
+        1,
+        None,
+    )
+    assert (train.epochs, train.batch_size, train.momentum, train.schedule.name) == (40, 16, 0, "constant")
+    assert (train.bias_lr_mult, train.last_layer_lr_mult, train.apply_lr_mult_to_wd) == (0.5, 1, True)
+    assert train.clip.per_param and train.loss == "cross_entropy"
+    assert recipe.data.classes == {"imagenet32": 250, "tinyimagenet32": 200}[source]
+    assert recipe.data.mean == (0.485, 0.456, 0.406)  # the source's own constants, and the target's:
+    assert transfer.data == load_recipe("cifar10_mu").data
+    assert transfer.ridge in transfer.ridges and transfer.measured_after(transfer.epoch, 40)
 
 
 # Entry: published accuracy; width, r; meta learning rate, inner step size, clip; alphas bias and first; initial scales.
@@ -337,7 +381,17 @@ REFUSED = {
     "model=resnet": "model: found 'resnet'; must be a mapping",
     "model.r=0": "model.r: found 0; must be greater than",
     "model.bias_alpha=-1": "model.bias_alpha: found -1; must be greater than or equal to 0",
-    "data.name=imagenet": "data.name: found 'imagenet' without a path; allowed: cifar10, digits",
+    "data.name=imagenet": "data.name: found 'imagenet' without a path; did you mean 'imagenet32'?",
+    "data.keep=[1, 2]": "data.keep: found 2 numbers; must be as many as classes, 10",
+    "train.freeze=[input, hidden, readout]": "train.freeze: found ['input', 'hidden', 'readout']; must name one or two",
+    "train.freeze=[input, input]": "train.freeze: found ['input', 'input']; must name one or two of input, hidden, readout",
+    "train.freeze=[first]": "train.freeze.0: found 'first'",
+    "transfer={data: {name: digits, classes: 10, input_size: [1, 8, 8]}, epoch: 1, ridge: 1, ridges: [1], epochs: [1]}": (
+        "transfer.data.input_size: found [1, 8, 8]; must be that of the net, [3, 32, 32]"
+    ),
+    "transfer={data: {name: cifar10, classes: 10, input_size: [3, 32, 32]}, epoch: 1, ridge: 0, ridges: [1], epochs: [1]}": (
+        "transfer.ridge: found 0; must be greater than 0"
+    ),
     "data.name=cifar01": "data.name: found 'cifar01' without a path; did you mean 'cifar10'?",
     "data.classes=1": "data.classes: found 1; must be greater than or equal to 2",
     "data.input_size=[32, 32]": "data.input_size: found [32, 32]; must be [C, H, W] or [d]",

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -117,6 +119,13 @@ class Dataset:
             raise ValueError(f"{self._where}: {x_key} holds a value that is not finite (NaN or infinity)")
 
 
+class TransferData(NamedTuple):
+    """What a net learns its features on, and what they are then measured on."""
+
+    source: Dataset
+    target: Dataset
+
+
 @dataclass(frozen=True)
 class Normalize:
     """``(x / scale - mean) / std`` per channel, for whole tensors on the device they are on.
@@ -189,6 +198,40 @@ def take_subset(dataset: Dataset, n: int, seed: int = 0) -> Dataset:
         raise ValueError(f"subset is {n}; it must be 1 to {total}, the training items of {dataset.name}")
     keep = permutation(total, _SUBSET, seed=seed)[:n]
     return replace(dataset, train_x=dataset.train_x[keep], train_y=dataset.train_y[keep])
+
+
+def keep_classes(dataset: Dataset, classes: Sequence[int]) -> Dataset:
+    """Keep the items of some classes; the k-th of ``classes`` becomes label k.
+
+    Raises:
+        ValueError: a class twice, a number that is none; a class without training items.
+    """
+    check_classes(classes, dataset.classes, dataset.name)
+    label_of = torch.full((dataset.classes,), -1)
+    label_of[list(classes)] = torch.arange(len(classes))
+    parts: dict[str, Tensor | None] = {}
+    for x, y in (("train_x", "train_y"), ("test_x", "test_y")):
+        if getattr(dataset, y) is not None:
+            labels = label_of[getattr(dataset, y)]
+            parts |= {x: getattr(dataset, x)[labels >= 0], y: labels[labels >= 0]}
+    missing = set(range(len(classes))) - set(parts["train_y"].unique().tolist())
+    if missing:
+        raise ValueError(f"classes: {dataset.name} has no training items of class {classes[min(missing)]}")
+    if "test_y" in parts and not len(parts["test_y"]):
+        parts |= {"test_x": None, "test_y": None}
+    return replace(dataset, class_names=tuple(dataset.class_names[k] for k in classes), **parts)
+
+
+def check_classes(classes: Sequence[int], count: int, name: str) -> None:
+    """Raise ValueError unless ``classes`` are two or more different numbers of the ``count`` classes of data set ``name``."""
+    repeated = [number for number, times in Counter(classes).items() if times > 1]
+    if repeated:
+        raise ValueError(f"classes: {repeated[0]} is there twice; every class can be kept once")
+    unknown = [number for number in classes if not 0 <= number < count]
+    if unknown:
+        raise ValueError(f"classes: {unknown[0]} is no class of {name}, which has the numbers 0 to {count - 1}")
+    if len(classes) < 2:
+        raise ValueError(f"classes: found {list(classes)}; there must be two or more to keep")
 
 
 def split_validation(dataset: Dataset, size: int | float, seed: int = 0) -> Dataset:

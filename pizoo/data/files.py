@@ -128,9 +128,9 @@ def integer_labels(array: np.ndarray, where: str) -> Tensor:
     return torch.from_numpy(array.astype(np.int64))
 
 
-def text_names(array: np.ndarray, path: str | os.PathLike) -> tuple[str, ...]:
+def text_names(array: np.ndarray, path: str | os.PathLike, key: str = "class_names") -> tuple[str, ...]:
     if array.dtype.kind != "U" or array.ndim != 1:
-        raise ValueError(f"{path}: class_names is {array.dtype} {list(array.shape)}; it must be strings [classes]")
+        raise ValueError(f"{path}: {key} is {array.dtype} {list(array.shape)}; it must be strings [classes]")
     return tuple(array.tolist())
 
 

@@ -2,7 +2,7 @@
 
 Sources: CIFAR-10, Krizhevsky (2009); digits, Alpaydin and Kaynak (1998), Optical Recognition of Handwritten Digits (UCI
 Machine Learning Repository, CC BY 4.0), the 1797 test images as scikit-learn bundles them; Omniglot, see
-:mod:`pizoo.data.omniglot`.
+:mod:`pizoo.data.omniglot`; ImageNet and Tiny-ImageNet at 32x32, see :mod:`pizoo.data.imagenet32`.
 """
 
 from __future__ import annotations
@@ -10,20 +10,21 @@ from __future__ import annotations
 import difflib
 import os
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from pizoo.data import omniglot
-from pizoo.data.dataset import Dataset, take_subset
+from pizoo.data import imagenet32, omniglot
+from pizoo.data.dataset import Dataset, keep_classes, take_subset
 from pizoo.data.files import channel_first, integer_labels, number_names, read_arrays, read_image_folder, read_npz
 from pizoo.data.tasks import TaskPool
 
 ASSETS = Path(__file__).parents[1] / "assets"
 DIGITS_SPLITS = 10
+IMAGENET32 = "imagenet32"
 
 
 class DataNotFoundError(FileNotFoundError):
@@ -36,11 +37,13 @@ def data_directory(data_dir: str | os.PathLike | None = None) -> Path:
 
 
 def dataset_path(name: str, data_dir: str | os.PathLike | None = None) -> Path:
-    """Where the file of a known data set is, or would have to be.
+    """Where the file of a known data set (of ``imagenet32``: the folder of its official files) is, or would have to be.
 
     Raises:
         ValueError: no data set of that name.
     """
+    if name == IMAGENET32:
+        return data_directory(data_dir) / name
     return ASSETS / f"{name}.npz" if _known(name).download is None else data_directory(data_dir) / f"{name}.npz"
 
 
@@ -57,17 +60,20 @@ def load_dataset(
     subset: int | None = None,
     input_size: Iterable[int] | None = None,
     classes: int | None = None,
+    keep: Sequence[int] | None = None,
 ) -> Dataset:
     """Load a known data set, or the user's own from ``path``.
 
     Args:
-        name: ``"cifar10"``, ``"digits"``; with ``path`` any name.
+        name: ``"cifar10"``, ``"digits"``, ``"imagenet32"``, ``"tinyimagenet32"``; with ``path`` any name.
         data_dir: see :func:`data_directory`.
         path: the user's own ``.npz`` (see :func:`read_npz`) or folder of images (see :func:`read_image_folder`).
         split: which of the ten splits of the digits, 0 to 9.
         subset: keep this many training items (:func:`take_subset` with seed 0: the same whatever the training seed).
         input_size: the shape of one item, (C, H, W) or (d,); images of a folder are made so, all else must be so.
         classes: the number of classes there must be.
+        keep: numbers of the classes to keep, the k-th of which becomes label k; None: all, of ``"imagenet32"`` the paper's
+            250.
 
     Raises:
         DataNotFoundError: the file or folder is not there.
@@ -79,7 +85,11 @@ def load_dataset(
             raise ValueError(
                 f"{name} holds classes to draw tasks from, no training and test images; load_tasks loads it"
             )
-        dataset = _known(name).read(_existing(name, data_dir), split)
+        read, file = _known(name).read, _existing(name, data_dir)
+        if name == IMAGENET32:  # its files hold four times what is kept: what is not, is never in memory together
+            dataset, keep = read(file, split, keep), None
+        else:
+            dataset = read(file, split)
     else:
         _check_split(name, split, 1)
         file = Path(path).expanduser()
@@ -88,6 +98,8 @@ def load_dataset(
                 f"{file} is not there; data set {name!r} is to be read from it, an .npz or a folder"
             )
         dataset = read_image_folder(file, name, size) if file.is_dir() else read_npz(file, name)
+    if keep is not None:
+        dataset = keep_classes(dataset, keep)
     if size is not None or classes is not None:
         dataset.require(dataset.input_size if size is None else size, classes)
     return dataset if subset is None else take_subset(dataset, subset)
@@ -105,6 +117,11 @@ def load_tasks(name: str, data_dir: str | os.PathLike | None = None) -> dict[str
     return _TASKS[name].read(_existing(name, data_dir))
 
 
+def training_images(name: str) -> int | None:
+    """About how many training images a known data set has, of ``imagenet32`` in the paper's 250 classes; None: not known."""
+    return _KNOWN[name].training_images if name in _KNOWN else None
+
+
 def prepare(name: str, data_dir: str | os.PathLike | None = None) -> Path:
     """Make the file of a known data set unless it is there, by downloading it; returns its path.
 
@@ -112,9 +129,12 @@ def prepare(name: str, data_dir: str | os.PathLike | None = None) -> Path:
 
     Raises:
         ValueError: an unknown name.
+        DataNotFoundError: ``imagenet32`` is not there, which can be downloaded by its registered users alone.
         RuntimeError: the download failed; the message says what was tried and where a file can be put instead.
     """
     source, path = _known(name), dataset_path(name, data_dir)
+    if name == IMAGENET32:  # nobody may hand it on
+        return _existing(name, data_dir)
     if source.download is None or path.is_file():
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -140,11 +160,13 @@ class _Known:
     """A data set known by name: what its file holds, how to read it (split k of it), how to make it.
 
     ``download`` fills a scratch folder and returns the arrays of the file; ``None``: the file is in the package.
+    ``training_images`` says about how many there are, for plans made without the data.
     """
 
     contents: str
     read: Callable[..., Dataset | dict[str, TaskPool]]
     download: Callable[[Path], dict[str, np.ndarray]] | None
+    training_images: int | None = None
 
 
 def _read_cifar10(path: Path, split: int) -> Dataset:
@@ -177,14 +199,27 @@ def _read_digits(path: Path, split: int) -> Dataset:
     return Dataset("digits", x[train], y[train], x[test], y[test], number_names(y, f"{path}: labels"), source=str(path))
 
 
+def _read_tinyimagenet32(path: Path, split: int) -> Dataset:
+    _check_split("tinyimagenet32", split, 1)
+    return imagenet32.read_tiny(path)
+
+
+def _read_imagenet32(folder: Path, split: int, keep: Sequence[int] | None = None) -> Dataset:
+    _check_split(IMAGENET32, split, 1)
+    return imagenet32.read(folder, keep)
+
+
 _KNOWN = {
     "cifar10": _Known(
         "train_images uint8 [50000, 32, 32, 3], train_labels [50000], test_images [10000, 32, 32, 3], "
         "test_labels [10000], class_names [10]",
         _read_cifar10,
         _download_cifar10,
+        50_000,
     ),
     "digits": _Known("images uint8 [1797, 8, 8], labels [1797]", _read_digits, None),
+    IMAGENET32: _Known(imagenet32.CONTENTS, _read_imagenet32, None, 320_000),
+    "tinyimagenet32": _Known(imagenet32.TINY_CONTENTS, _read_tinyimagenet32, imagenet32.download_tiny, 100_000),
 }
 _TASKS = {"omniglot": _Known(omniglot.CONTENTS, omniglot.read, omniglot.download)}
 
@@ -192,7 +227,10 @@ _TASKS = {"omniglot": _Known(omniglot.CONTENTS, omniglot.read, omniglot.download
 def _existing(name: str, data_dir: str | os.PathLike | None) -> Path:
     """The file of a known data set; raises DataNotFoundError if it is not there."""
     file = dataset_path(name, data_dir)
-    if not file.is_file():
+    parts = (
+        [file / part for part in (*imagenet32.TRAIN_FILES, *imagenet32.TEST_FILES)] if name == IMAGENET32 else [file]
+    )
+    if not all(part.is_file() for part in parts):
         raise DataNotFoundError(_where_to_get(name, file, data_dir))
     return file
 
@@ -218,8 +256,10 @@ def _check_split(name: str, split: int, splits: int) -> None:
 
 def _where_to_get(name: str, path: Path, data_dir: str | os.PathLike | None) -> str:
     environment = os.environ.get("PIZOO_DATA")
+    remedy = f"Make the file with `pizoo data prepare {name}`, or put an .npz there with"
+    if name == IMAGENET32:
+        remedy = "It cannot be had without registration; tinyimagenet32 stands in for it. What has to be there are"
     return (
         f"{name} is not at {path}. The data directory is the one given ({data_dir or 'none'}), else $PIZOO_DATA "
-        f"({environment or 'not set'}), else {data_directory('~/.cache/pizoo/data')}. Make the file with "
-        f"`pizoo data prepare {name}`, or put an .npz there with {_known(name).contents}"
+        f"({environment or 'not set'}), else {data_directory('~/.cache/pizoo/data')}. {remedy} {_known(name).contents}"
     )

@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pizoo import zoo
+from pizoo import checkpoint, zoo
 from pizoo.data import Dataset, TaskPool, load_tasks, read_images
 from pizoo.evaluation.accuracy import accuracy, choose_device, predict
 from pizoo.evaluation.fewshot import measure_splits
+from pizoo.evaluation.transfer import described, measure_transfer
 from pizoo.memory import explained
 from pizoo.models import KernelRegressor
 
@@ -28,22 +29,25 @@ def evaluate(
     epoch: int | None = None,
     rows_on: str = "auto",
     tasks: int | None = None,
+    ridge: float | None = None,
 ) -> dict[str, Any]:
     """Test accuracy of an entry, a checkpoint, or a net loaded from one.
 
     Args:
         model_or_entry: what :func:`pizoo.load` takes, or what it gave.
-        dataset: None: the one the net was trained on. Of a few-shot learner, classes as :func:`pizoo.data.load_tasks` gives
-            them.
+        dataset: None: the one the net was trained on, of a recipe with ``transfer`` the one its features are measured on. Of
+            a few-shot learner, classes as :func:`pizoo.data.load_tasks` gives them.
         data_dir: where data sets are (:func:`pizoo.data.data_directory`).
         device: None: the net's own, for a name a GPU if there is one.
         epoch: of a training checkpoint; None: the one its training chose, else the last.
         rows_on: of a name, where its rows are kept (:func:`pizoo.load`).
         tasks: of a few-shot learner, on how many tasks of each split; None: as many as its recipe says.
+        ridge: of a net whose recipe has ``transfer``, which is measured by ridge regression on its features' kernel; None: for
+            a name the one that its training chose, else the published one. Without a large GPU it is measured on fewer images.
 
     Returns:
-        ``accuracy`` in percent, ``images``, ``data``, ``seconds``; of a few-shot learner instead of ``images`` what
-        :func:`pizoo.evaluation.fewshot.measure_splits` gives.
+        ``accuracy`` in percent, ``images``, ``data``, ``seconds``, of transfer also ``training_images`` and ``ridge``; of a
+        few-shot learner instead of ``images`` what :func:`pizoo.evaluation.fewshot.measure_splits` gives.
 
     Raises:
         UnknownEntryError, CheckpointError, DataNotFoundError, ValueError: name, checkpoint or data are missing or do not fit.
@@ -64,6 +68,16 @@ def evaluate(
         return {**found, "data": model.config["recipe"]["data"]["name"], "seconds": time.perf_counter() - begin}
     if tasks is not None:
         raise ValueError(f"tasks is {tasks}; this net does not learn from tasks, and is measured on its test images")
+    if transfer := model.config["recipe"].get("transfer"):
+        dataset = dataset or zoo.dataset({"recipe": transfer}, data_dir)
+        ridge = _chosen_ridge(model_or_entry, transfer) if ridge is None else ridge
+        with explained(_ran_out):
+            split, right = measure_transfer(model, dataset, zoo.preprocessing({"recipe": transfer}), ridge)
+        found = described(split, right)
+        images = {"images": found.pop("test_images"), "data": dataset.name, "ridge": ridge}
+        return {**found, **images, "seconds": time.perf_counter() - begin}
+    if ridge is not None:
+        raise ValueError(f"ridge is {ridge}; this net's recipe has no transfer to measure: `pizoo kernel` does that")
     normalize = zoo.preprocessing(model.config)
     dataset = dataset or zoo.dataset(model.config, data_dir)
     if dataset.test_x is None:
@@ -77,6 +91,14 @@ def evaluate(
         "data": dataset.name,
         "seconds": time.perf_counter() - begin,
     }
+
+
+def _chosen_ridge(model_or_entry: nn.Module | str | os.PathLike, transfer: dict[str, Any]) -> float:
+    """The ridge that an entry's training chose, where there is a record of that; else the published one."""
+    if isinstance(model_or_entry, nn.Module):
+        return transfer["ridge"]
+    results = zoo.folder_of(model_or_entry) / checkpoint.RESULTS
+    return checkpoint.read_json(results)["transfer"]["ridge"] if results.exists() else transfer["ridge"]
 
 
 def _ran_out(reported: str) -> str:

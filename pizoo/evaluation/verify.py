@@ -17,6 +17,7 @@ from pizoo.data import DataNotFoundError, load_tasks
 from pizoo.evaluation.accuracy import choose_device, correct, percent, predict
 from pizoo.evaluation.entries import attach_training_images
 from pizoo.evaluation.fewshot import TaskAccuracy, adapter, split_correct
+from pizoo.evaluation.transfer import measure_transfer, measures_all
 
 # Logits of the probe may differ between devices and libraries by rounding, float16 rows included.
 PROBE_TOLERANCE = 2e-3
@@ -127,7 +128,8 @@ def verify(
             regressor's probe checks what a few training images contribute to them.
         images: measure on this many first test images, and compare with what was recorded of the same ones: a smaller
             check where all of them take long, as for kernel regressors. None: all. What learns tasks has no test images: of
-            these tasks the first :data:`pizoo.evaluation.fewshot.VERIFIED_TASKS` are measured.
+            these tasks the first :data:`pizoo.evaluation.fewshot.VERIFIED_TASKS` are measured. Transfer is measured on all
+            images on a GPU with room for their kernel, elsewhere on fewer, of which an accuracy of their own is recorded.
 
     Returns:
         the report. A missing data set, missing weights or a damaged file are reported, not raised.
@@ -152,8 +154,14 @@ def verify(
         path = folder / checkpoint.RESULTS
         results = _checked_types(checkpoint.read_json(path), RESULTS_TYPES, path)
         records = _recorded_correct(folder, results)
-        found = _Found(folder, zoo.load(folder, device=device), config, results, records)
-        measure = _task_accuracy if config["recipe"].get("tasks") else _test_accuracy
+        recipe = config["recipe"]
+        dtype = torch.float64 if recipe.get("transfer") and not quick else None
+        found = _Found(folder, zoo.load(folder, device=device, dtype=dtype), config, results, records)
+        measure = _test_accuracy
+        if recipe.get("tasks"):
+            measure = _task_accuracy
+        elif recipe.get("transfer"):
+            measure = _transfer_accuracy
         outcome = _probe(found) if quick else measure(found, data_dir, images)
     except DataNotFoundError as error:
         outcome = _Outcome("not run", str(error) + _needs(config))
@@ -169,7 +177,7 @@ def verify(
     tolerance = (recipe.get("tolerance") or {}).get("reproduce") or 1.0
     return VerifyReport(
         entry=str(entry),
-        check="probe" if quick else _checked(results, images),
+        check="probe" if quick else _checked(results, images, device),
         **outcome._asdict(),
         reproduction=_reproduction(mean, published, tolerance),
         mean=mean,
@@ -199,8 +207,13 @@ def _checked_types(value: Any, types: Any, where: Path | str) -> Any:
     return value
 
 
-def _checked(results: dict[str, Any], images: int | None) -> str:
+def _checked(results: dict[str, Any], images: int | None, device: torch.device) -> str:
     """What the recorded number is of, without ``quick``."""
+    if "transfer" in results:
+        part = results["transfer"]
+        if not measures_all(part["training_images"], device):
+            part = results.get("verification", part)
+        return f"{part['test_images']:,} test images, {part['training_images']:,} training images"
     if tasks := results.get("verification"):
         return f"{tasks['tasks']:,} tasks of {results['split']}"
     return "test accuracy" if images is None else f"first {images} test images"
@@ -247,10 +260,27 @@ def _task_accuracy(found: _Found, data_dir: str | os.PathLike | None, images: in
     return _compared(found, recorded["accuracy"], right)._replace(half_width=TaskAccuracy.of(right).half_width)
 
 
-def _compared(found: _Found, recorded: float, right: Tensor) -> _Outcome:
+def _transfer_accuracy(found: _Found, data_dir: str | os.PathLike | None, images: int | None) -> _Outcome:
+    transfer, recorded = found.config["recipe"]["transfer"], found.results.get("transfer")
+    if images is not None:
+        raise _NotRun(
+            f"{found.folder}: how many images are measured depends on the device alone: verify it without --images"
+        )
+    if recorded is None or "verification" not in found.results:
+        raise _NotRun(f"{found.folder} records no accuracy of transfer to be measured again; shipped nets do")
+    described = {"recipe": transfer}
+    target, normalize = zoo.dataset(described, data_dir), zoo.preprocessing(described)
+    split, right = measure_transfer(found.model, target, normalize, recorded["ridge"], torch.float64)
+    part, key = recorded, checkpoint.SHIPPED
+    if len(split.train_y) != recorded["training_images"]:
+        part, key = found.results["verification"], checkpoint.VERIFIED
+    return _compared(found, part["accuracy"], right, key)
+
+
+def _compared(found: _Found, recorded: float, right: Tensor, key: str = checkpoint.SHIPPED) -> _Outcome:
     """The recorded accuracy in percent beside that of ``right``, bool of test images [n] or of tasks and queries [T, Q]."""
     measured, tolerance = percent(right), found.config["recipe"]["tolerance"]["verify"]
-    shipped = found.correct.get(checkpoint.SHIPPED)
+    shipped = found.correct.get(key)
     differing = None if shipped is None else int((right != shipped[: len(right)]).sum())
     if abs(measured - recorded) <= tolerance:
         return _Outcome("verified", "", recorded, measured, differing)

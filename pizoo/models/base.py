@@ -20,7 +20,8 @@ class PiNet(Adaptable, Pretrained):
 
     Attributes:
         hparams: the constructor's arguments as plain JSON values: ``type(net)(**net.hparams)`` builds a net like it.
-        d_in, num_classes: input dimension and number of outputs.
+        d_in, num_classes: input dimension and number of outputs; 0 after ``reset_classifier(0)``.
+        num_features: size of what :meth:`features` gives.
     """
 
     def __init__(self, **hparams: Any):
@@ -33,6 +34,7 @@ class PiNet(Adaptable, Pretrained):
         self.hparams = hparams
         self.d_in: int = hparams["d_in"]
         self.num_classes: int = hparams["d_out"]
+        self.num_features: int = hparams.get("width") or hparams["r"]
 
     def flatten(self, x: Tensor) -> Tensor:
         """[B, d] or [B, C, H, W] (channel-first) -> [B, d].
@@ -49,14 +51,20 @@ class PiNet(Adaptable, Pretrained):
     def reset_classifier(self, num_classes: int) -> None:
         """Replace the read-out by a freshly initialised one with ``num_classes`` outputs; the rest stays (timm's name).
 
-        Of a net loaded from a checkpoint, ``config`` follows; classes get numbers for names. ``pretrained_cfg`` goes on
-        describing the pretrained weights, as in timm.
+        With 0 there is none: the net gives its features, until it is given another. Of a net loaded from a checkpoint,
+        ``config`` follows; classes get numbers for names. ``pretrained_cfg`` goes on describing the pretrained weights, as in
+        timm.
         """
-        check_positive(num_classes=num_classes)
+        if num_classes != 0 or isinstance(num_classes, bool):
+            check_positive(num_classes=num_classes)
         self.hparams["d_out"] = self.num_classes = num_classes
         if (config := getattr(self, "config", None)) is not None:
             self.config = {**config, "num_classes": num_classes, "class_names": [str(k) for k in range(num_classes)]}
         self.new_readout()
+
+    def get_classifier(self) -> nn.Module:
+        """The read-out (timm's name)."""
+        return self.readout
 
     def new_readout(self) -> None:
         """A fresh read-out for ``num_classes``, of the old one's device and dtypes; see the subclasses."""
@@ -77,9 +85,17 @@ class PiNet(Adaptable, Pretrained):
         """
         return self.activation(self.preactivation(x))
 
+    def forward_features(self, x: Tensor) -> Tensor:
+        """:meth:`features` (timm's name)."""
+        return self.features(x)
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """From features to outputs (timm's name); with ``pre_logits`` what the read-out takes: the features themselves."""
+        return x if pre_logits else self.readout(x)
+
     def forward(self, x: Tensor) -> Tensor:
-        """[B, d_in] or [B, C, H, W] -> [B, d_out]."""
-        return self.readout(self.features(x))
+        """[B, d_in] or [B, C, H, W] -> [B, num_classes]; without a read-out its features."""
+        return self.forward_head(self.forward_features(x))
 
     @torch.no_grad()
     def nearest_neighbour(self, support_x: Tensor, support_y: Tensor) -> NearestNeighbour:

@@ -45,7 +45,10 @@ class _FiniteMLP(PiNet):
         )
 
     def new_readout(self) -> None:
-        weight = self.layers[-1].weight
+        if not self.num_classes:
+            self.layers[-1] = nn.Identity()
+            return
+        weight = self.layers[0].weight
         self.layers[-1] = self._layer(len(self.layers) - 1, weight.device, weight.dtype)
         if self.hparams["readout_zero_init"]:
             nn.init.zeros_(self.layers[-1].weight)

@@ -80,7 +80,11 @@ class InfPiMLP(PiNet):
                 layer.to_rows_dtype(rows_dtype)
 
     def new_readout(self) -> None:
-        rows_dtype, rows_on = self.output.A.dtype, self.output.rows_on
+        if not self.num_classes:
+            self.output = nn.Identity()
+            return
+        like = next(reversed(self.growing_layers.values()), None)  # none: one hidden layer and no read-out before
+        rows_dtype, rows_on = (like.A.dtype, like.rows_on) if like else (self.input.A.dtype, "device")
         self.output = infinite_readout(self.hparams, self.input.A.device, self.input.A.dtype)
         self.output.to_rows_dtype(rows_dtype)
         self.output.keep_rows_on(rows_on)
@@ -100,8 +104,9 @@ class InfPiMLP(PiNet):
 
     @property
     def growing_layers(self) -> dict[str, InfPiLinear]:
-        """Name to layer: ``hidden.0``, ..., ``output``."""
-        return {**{f"hidden.{i}": layer for i, layer in enumerate(self.hidden)}, "output": self.output}
+        """Name to layer: ``hidden.0``, ..., ``output`` (if there is a read-out)."""
+        layers = {**{f"hidden.{i}": layer for i, layer in enumerate(self.hidden)}, "output": self.output}
+        return {name: layer for name, layer in layers.items() if isinstance(layer, InfPiLinear)}
 
     @property
     def all_layers(self) -> list[nn.Module]:
@@ -121,8 +126,11 @@ class InfPiMLP(PiNet):
             projected: project its gradients onto the span of the omegas; False: train it without.
 
         Raises:
-            ValueError: width below r, omegas of other number or shape; a net with layernorm, which has no finite counterpart.
+            ValueError: width below r, omegas of other number or shape; a net with layernorm, which has no finite counterpart,
+                or without a read-out.
         """
+        if not self.num_classes:
+            raise ValueError("a net without a read-out cannot be sampled; reset_classifier gives it one")
         if self.hparams["layernorm"]:
             raise ValueError("a net with layernorm=True has no finite counterpart to sample")
         hparams = {key: value for key, value in self.hparams.items() if key != "layernorm"}

@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from pizoo import functional
+from pizoo import functional, kernels
 from pizoo.data import fingerprint
 from pizoo.models.adapt import Adaptable
 from pizoo.nn import check_finite, check_positive
-
-# A kernel is computed block by block. In float64 a block, of which there are a dozen at a time on the way, is 4 MB on a CPU, to
-# stay in its cache, and 256 MB on a GPU, to keep it busy.
-BLOCK_ENTRIES = {"cpu": 2**19, "cuda": 2**25}
-BLOCK_ROWS = 1024
 
 
 def _check_kernel(d_in: int, d_out: int, kernel: dict[str, Any]) -> None:
@@ -63,34 +57,19 @@ class KernelRegressor(nn.Module):
             **self.kernel,
         }
 
-    @torch.no_grad()
     def kernel_matrix(self, x: Tensor, y: Tensor) -> Tensor:
         """The kernel between inputs [n, d] and [m, d] in x's dtype: [n, m], and memory for little more than that."""
-        out = x.new_empty(len(x), len(y))
-        for rows, columns, block in self._blocks(x, y):
-            out[rows, columns] = block
-        return out
+        return kernels.matrix(self._function, x, y)
 
-    @torch.no_grad()
     def scores(self, x: Tensor, train_x: Tensor) -> Tensor:
         """What the first training inputs ``train_x`` [m, d] contribute to the scores of inputs x [n, d]: [n, classes].
 
         All of them: the scores. The kernel between x and train_x is never held as a whole.
         """
-        out = self.dual.new_zeros(len(x), self.num_classes)
-        for rows, columns, block in self._blocks(x, train_x):
-            out[rows] += block @ self.dual[columns]
-        return out
+        return kernels.product(self._function, x, train_x, self.dual)
 
-    def _blocks(self, x: Tensor, y: Tensor) -> Iterator[tuple[slice, slice, Tensor]]:
-        function = getattr(functional, self.kernel_function)
-        height = min(BLOCK_ROWS, len(x))
-        width = max(1, BLOCK_ENTRIES.get(x.device.type, BLOCK_ENTRIES["cpu"]) // height)
-        for i in range(0, len(x), height):
-            rows = slice(i, min(i + height, len(x)))
-            for j in range(0, len(y), width):
-                columns = slice(j, min(j + width, len(y)))
-                yield rows, columns, function(x[rows], y[columns], **self.kernel)
+    def _function(self, x: Tensor, y: Tensor) -> Tensor:
+        return getattr(functional, self.kernel_function)(x, y, **self.kernel)
 
     @torch.no_grad()
     def fit(self, x: Tensor, y: Tensor) -> KernelRegressor:

@@ -128,7 +128,7 @@ class Engine:
         """What every engine has, beside ``told`` [steps, k], what the host learns of each step.
 
         Args:
-            layers: those it trains, from the input on.
+            layers: those it passes through, from the input on; frozen ones stay as they are.
         """
         self.model, self.settings, self.layers = model, settings, layers
         self.groups = {group["role"]: group for group in optimizer.param_groups}
@@ -138,7 +138,11 @@ class Engine:
         self.step = torch.zeros(1, dtype=torch.int64, device=device)  # of the whole training
         self.finite = torch.ones(1, dtype=torch.bool, device=device)
         self.growing = [GrowingState(layer) for layer in layers if isinstance(layer, InfPiLinear)]
-        self.weights = [model.input.A.data] if self.growing else [layer.weight.data for layer in layers]
+        self.trained = [any(param.requires_grad for param in layer.parameters()) for layer in layers]
+        self.appending = [state for state, trains in zip(self.growing, self.trained[1:], strict=False) if trains]
+        dense_weights = [layers[0].A] if self.growing else [layer.weight for layer in layers]
+        self.weights = [weight.data for weight, trains in zip(dense_weights, self.trained, strict=False) if trains]
+        self._lowest = self.trained.index(True)  # below it no gradient is needed
         self._on_gpu = device.type == "cuda"
         self._compute = compiled(self._compute_step) if self._on_gpu else self._compute_step
         self._append = append_fused if self._on_gpu else append_reference
@@ -213,7 +217,7 @@ class Engine:
     def _take_step(self, size: int) -> None:
         new_rows, steps = self._compute(size)
         with self._beside():
-            for state, (first, *rows) in zip(self.growing, new_rows, strict=True):
+            for state, (first, *rows) in zip(self.appending, new_rows, strict=True):
                 self._append(rows, state.storages, first)
         for weight, step in zip(self.weights, steps, strict=True):
             dense.step(weight, *step, self.finite)
@@ -296,9 +300,13 @@ class Engine:
     def _infinite_backward(self, x: Tensor, dg: Tensor, entered: list[tuple]) -> list[Gradient]:
         net: InfPiMLP = self.model
         gradients = []
-        for state, (gbar, s, jacobian) in zip(reversed(self.growing), reversed(entered), strict=True):
+        for l in reversed(range(max(1, self._lowest), len(self.layers))):
+            state, (gbar, s, jacobian) = self.growing[l - 1], entered[l - 1]
             layer, delta = state.layer, _times(state.layer.alpha, dg).to(gbar.dtype)
-            gradients.append(Gradient(layer, gbar, delta, torch.ones_like(s) if layer.layernorm else s))
+            if self.trained[l]:
+                gradients.append(Gradient(layer, gbar, delta, torch.ones_like(s) if layer.layernorm else s))
+            if l == self._lowest:
+                break
             decayed = delta * state.decay
             if jacobian is not None:
                 dg = (decayed.to(jacobian.dtype)[:, :, None] * jacobian).sum(1)
@@ -307,7 +315,8 @@ class Engine:
             if layer.layernorm:
                 dg = dg - (dg * gbar).sum(1, keepdim=True) * gbar
                 dg = dg / torch.where(s > 0, s, torch.ones_like(s))
-        gradients.append(Gradient(net.input, x, _times(net.input.alpha, dg.to(x.dtype)), None))
+        if self._lowest == 0:
+            gradients.append(Gradient(net.input, x, _times(net.input.alpha, dg.to(x.dtype)), None))
         return gradients[::-1]
 
     def _finite_forward(self, x: Tensor) -> tuple[Tensor, list[tuple]]:
@@ -323,14 +332,16 @@ class Engine:
 
     def _finite_backward(self, x: Tensor, delta: Tensor, entered: list[tuple]) -> list[Gradient]:
         gradients = []
-        for l, (layer, (h, out)) in reversed(list(enumerate(zip(self.layers, entered, strict=True)))):
+        for l in reversed(range(self._lowest, len(self.layers))):
+            layer, (h, out) = self.layers[l], entered[l]
             if layer.role != "readout":
                 delta = delta * (out > 0)
             delta = _times(layer.alpha, delta).to(x.dtype)
             basis = self.model.basis(l)
             projected = delta if basis is None else (delta @ basis) @ basis.T
-            gradients.append(Gradient(layer, h, projected, None))
-            if l:
+            if self.trained[l]:
+                gradients.append(Gradient(layer, h, projected, None))
+            if l > self._lowest:
                 delta = delta @ layer.weight
         return gradients[::-1]
 
@@ -355,7 +366,7 @@ class Engine:
         Rows of a step that is not finite are written too, but not counted: nothing reads them.
         """
         new_rows, steps = [], []
-        growing = iter(self.growing)
+        growing = iter(self.appending)
         for gradient, (factor, *bias_factor) in zip(gradients, factors, strict=True):
             module = gradient.module
             group = self.groups[module.role]

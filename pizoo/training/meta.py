@@ -31,7 +31,6 @@ from pizoo.recipes import Recipe
 from pizoo.training.fewshot import clip_outer_gradient, task_results
 from pizoo.training.plan import samples_per_epoch
 from pizoo.training.report import LapTimer, StepProgress
-from pizoo.training.state import Snapshot, restore
 from pizoo.training.supervised import REMEDY, Training, TrainingDiverged, TrainResult, check_folder, training_results
 from pizoo.training.task_engine import TaskEngine, unsupported_tasks
 
@@ -67,18 +66,8 @@ class MetaTraining(Training):
         settings, tasks = self.recipe.train, self.recipe.tasks
         return TaskEngine(self.model, self.optimizer, settings, tasks, factors.to(self.device), self.steps_per_epoch)
 
-    def _begin_or_resume(self) -> None:
-        self.best: Snapshot | None = None
-        super()._begin_or_resume()
-        if self.history and (chosen := self._best_epoch()) < len(self.history):
-            restore(self.model, self.optimizer, checkpoint.read_epoch(self.folder, chosen))
-            self.best = Snapshot(self.model)
-            restore(self.model, self.optimizer, checkpoint.read_epoch(self.folder))
-        elif self.history:
-            self.best = Snapshot(self.model)
-
     def _best_epoch(self) -> int:
-        """The epoch with the best validation accuracy, the earliest of several."""
+        """The epoch with the best accuracy on validation classes, the earliest of several."""
         return max(self.history, key=lambda record: record["validation_accuracy"])["epoch"]
 
     def _epoch(self, epoch: int, bar: StepProgress) -> dict[str, Any]:
@@ -105,9 +94,6 @@ class MetaTraining(Training):
             record["validation_accuracy"] = self._validate()
         except ValueError as error:
             raise TrainingDiverged(f"after epoch {epoch + 1} {error}; {self._kept(epoch)}. {REMEDY}") from None
-        best = max((r["validation_accuracy"] for r in self.history), default=-1.0)
-        if record["validation_accuracy"] > best:
-            self.best = Snapshot(self.model)
         return self._log(record)
 
     def _means(self, epoch: int, dtype: torch.dtype) -> Iterator[list[float]]:
@@ -139,10 +125,6 @@ class MetaTraining(Training):
         learner = adapter(self.model, tasks.model_dump())
         count, shape = tasks.validation_tasks, (tasks.shots, tasks.queries)
         return percent(task_correct(self.model, learner, self.validation, count, *shape, VALIDATION_SEED))
-
-    def _finish(self) -> None:
-        self.best.restore(self.model)
-        self.model.eval()
 
     def _results(self) -> dict[str, Any]:
         best = max(self.history, key=lambda record: record["validation_accuracy"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -29,7 +30,7 @@ class Plan:
     Attributes:
         device: where it computes.
         steps: of the whole training.
-        rows: final number of rows of each growing layer (0 for finite nets).
+        rows: final number of rows of the largest growing layer (0 for finite nets).
         row_bytes: of all growing layers at the end.
         rows_on: where they are kept: "device", or "host", from where they stream to the device.
         needed: bytes in all, on the device: rows unless they are on the host, data, and headroom for all else.
@@ -119,7 +120,12 @@ class Plan:
 
 
 def plan(
-    recipe: Recipe, samples: int, device: torch.device, estimate_time: bool = False, rows_on: str = "auto"
+    recipe: Recipe,
+    samples: int,
+    device: torch.device,
+    estimate_time: bool = False,
+    rows_on: str = "auto",
+    first: Mapping[str, int] | None = None,
 ) -> Plan:
     """Plan the training of ``recipe`` on ``samples`` training images an epoch (:func:`samples_per_epoch` of tasks).
 
@@ -127,6 +133,7 @@ def plan(
         estimate_time: measure for a second.
         rows_on: "device", "host", or "auto": on the host if rows fit there and not on the device. On a CPU, and for nets
             without rows, it is all one.
+        first: rows that growing layers start with, by name, where not with as many as a fresh net's.
 
     Raises:
         ValueError: another ``rows_on``.
@@ -135,27 +142,29 @@ def plan(
     settings = recipe.train
     steps_per_epoch = settings.steps_per_epoch or math.ceil(samples / settings.batch_size)
     steps = steps_per_epoch * settings.epochs
-    widths = _layer_widths(recipe)
+    layers = _layers(recipe, samples * settings.epochs, first or {})
     itemsize = getattr(torch, settings.dtype).itemsize
-    first = recipe.model.r if widths else 0
-    rows = first + samples * settings.epochs if widths else 0
+    rows = max((last for _, _, last in layers), default=0)
     multipliers = 2 if itemsize == 1 else 1  # int8 rows have bmult beside amult
-    mult_bytes = rows * len(widths) * multipliers * max(4, itemsize)
-    row_bytes = sum(rows * itemsize * (r_out + recipe.model.r) for r_out in widths) + mult_bytes
+    mult_bytes = sum(last for _, _, last in layers) * multipliers * max(4, itemsize)
+    row_bytes = sum(last * itemsize * (r_out + recipe.model.r) for r_out, _, last in layers) + mult_bytes
     data = 0 if recipe.tasks else samples * recipe.data.d * (4 + 1)  # all of Omniglot, rotated, is 100 MB
     beside = data + HEADROOM
     available, host_available = free_memory(device), free_memory(CPU)
     host_needed = row_bytes - mult_bytes + HEADROOM
-    on_host = device.type == "cuda" and bool(widths) and rows_on != "device"
+    on_host = device.type == "cuda" and bool(layers) and rows_on != "device"
     if rows_on == "auto":
         on_host = on_host and row_bytes + beside > available and host_needed <= host_available
     seconds = None
-    if estimate_time and widths:
+    if estimate_time and layers:
         batch = math.ceil(samples / steps_per_epoch)
-        per_row = sum(_seconds_per_row(recipe, r_out, batch, device, on_host) for r_out in widths)
+        of_rows = sum(
+            _seconds_per_row(recipe, r_out, batch, device, on_host) * (before + last) / 2
+            for r_out, before, last in layers
+        )
         graph = device.type == "cuda" and not on_host and not recipe.tasks
         overhead = STEP_OVERHEAD["graph" if graph else "plain"]
-        seconds = steps * (overhead + per_row * (first + rows) / 2)
+        seconds = steps * (overhead + of_rows)
     buffers = streamed.BUFFERS * streamed.CHUNK_BYTES
     return Plan(
         device=device,
@@ -192,12 +201,19 @@ def check_solving(recipe: Recipe, samples: int, device: torch.device) -> None:
         )
 
 
-def _layer_widths(recipe: Recipe) -> list[int]:
-    """Outputs of each layer that grows; none for finite nets."""
+def _layers(recipe: Recipe, appended: int, first: Mapping[str, int]) -> list[tuple[int, int, int]]:
+    """Outputs, first and last number of rows of each layer with rows that a step reads; none for finite nets."""
     if not isinstance(recipe.model, InfPi):
         return []
-    readout = [recipe.data.classes] if recipe.train.last_layer_lr_mult else []
-    return [recipe.model.r] * (recipe.model.hidden_layers - 1) + readout
+    model, train = recipe.model, recipe.train
+    frozen = train.freeze or ()
+    layers = []
+    for i in range(model.hidden_layers - 1):
+        before = first.get(f"hidden.{i}", model.r)
+        layers.append((model.r, before, before + (0 if "hidden" in frozen else appended)))
+    if train.last_layer_lr_mult:
+        layers.append((recipe.data.classes, model.r, model.r + (0 if "readout" in frozen else appended)))
+    return layers
 
 
 def _seconds_per_row(recipe: Recipe, r_out: int, b: int, device: torch.device, on_host: bool) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from pizoo.evaluation.accuracy import choose_device, correct, percent, predict
 from pizoo.evaluation.entries import attach_training_images
 from pizoo.plots import SIZES, draw_sizes
 from pizoo.recipes import Recipe
-from pizoo.training import meta
+from pizoo.training import meta, transfer
 from pizoo.training.compact import compact_net
 from pizoo.training.seeds import summary, train_seeds
 from pizoo.training.supervised import TrainResult
@@ -53,7 +54,8 @@ def reproduce(
     records, right = [], {}
     for run in train_seeds(recipe, seeds, runs, data_dir=data_dir, device=device, progress=progress):
         if not records:
-            shipped, right[checkpoint.SHIPPED] = _ship(run.outcome, card, data_dir)
+            shipped, of_shipped = _ship(run.outcome, card, data_dir)
+            right |= of_shipped
         records.append(run.record)
         right[checkpoint.seed_key(run.record["seed"])] = run.correct
         del run  # its net's memory is the next one's
@@ -77,21 +79,25 @@ def reproduce(
     return results
 
 
-def _ship(outcome: TrainResult, card: Path, data_dir: str | os.PathLike | None) -> tuple[dict[str, Any], Tensor]:
+def _ship(
+    outcome: TrainResult, card: Path, data_dir: str | os.PathLike | None
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Write the net of ``outcome`` into its card; return what to record of a user's copy of it, and which test images (queries
-    of tasks) that classifies correctly."""
+    of tasks) that classifies correctly, by the names they are kept under."""
     recipe = outcome.recipe
     dataset, normalize = recipe.load_data(data_dir), recipe.data.normalize
     if recipe.tasks is not None:
         measured = meta.ship(outcome, card, dataset)
-        return {**outcome.results, **measured.recorded}, measured.correct
-    model, results = outcome.model, outcome.results
-    device = next(iter(model.state_dict().values())).device
+        return {**outcome.results, **measured.recorded}, {checkpoint.SHIPPED: measured.correct}
     if recipe.compact is not None:
-        model, record = compact_net(model, dataset, normalize, recipe.compact, curve=True)
-        results = {**results, "compact": record}
+        source = dataset if recipe.transfer is None else dataset.source
+        model, record = compact_net(outcome.model, source, normalize, recipe.compact, curve=True)
+        outcome = replace(outcome, model=model, results={**outcome.results, "compact": record})
         draw_sizes(card / SIZES, record)
-    checkpoint.save_with_probe(card, model, recipe.config(dataset.class_names), dataset, normalize)
-    model, _ = checkpoint.load(card, device=device)
+    if recipe.transfer is not None:
+        recorded, right, right_of_small = transfer.ship(outcome, card, dataset)
+        return recorded, {checkpoint.SHIPPED: right, checkpoint.VERIFIED: right_of_small}
+    checkpoint.save_with_probe(card, outcome.model, recipe.config(dataset.class_names), dataset, normalize)
+    model, _ = checkpoint.load(card, device=next(iter(outcome.model.state_dict().values())).device)
     attach_training_images(model, dataset.train_x, normalize)
-    return results, correct(predict(model, dataset.test_x, normalize), dataset.test_y)
+    return outcome.results, {checkpoint.SHIPPED: correct(predict(model, dataset.test_x, normalize), dataset.test_y)}

@@ -14,13 +14,14 @@ from torch import Tensor
 
 from pizoo import checkpoint
 from pizoo.checkpoint import CheckpointError
-from pizoo.data import Dataset, TaskPool
+from pizoo.data import Dataset, TaskPool, TransferData
 from pizoo.evaluation.accuracy import choose_device, correct, percent, predict, standard_error
 from pizoo.evaluation.fewshot import TaskAccuracy, split_correct
 from pizoo.plots import CURVES, draw_curves
 from pizoo.recipes import Recipe
 from pizoo.training.supervised import TrainResult
 from pizoo.training.train import train
+from pizoo.training.transfer import target_correct
 
 MOST_SEEDS = 1000  # in a range, as in a recipe
 
@@ -85,7 +86,7 @@ def train_seeds(
         )
     for seed, seeded in recipes.items():
         dataset = seeded.load_data(data_dir)
-        if recipe.tasks is None and dataset.test_x is None:
+        if isinstance(dataset, Dataset) and dataset.test_x is None:
             raise ValueError(f"data set {dataset.name!r} has no test part; seeds are compared by their test accuracy")
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
@@ -94,10 +95,13 @@ def train_seeds(
         yield _record(train(seeded, folder, **options), dataset, seed)
 
 
-def _record(outcome: TrainResult, dataset: Dataset | dict[str, TaskPool], seed: int) -> SeedRun:
+def _record(outcome: TrainResult, dataset: Dataset | TransferData | dict[str, TaskPool], seed: int) -> SeedRun:
     results, recipe = outcome.results, outcome.recipe
     epochs, measured = recipe.train.epochs if recipe.train else 0, "test_accuracy"
-    if recipe.tasks is None:
+    if recipe.transfer is not None:
+        right = target_correct(outcome.model, recipe, dataset, results["transfer"]["ridge"])
+        measured = "quick_accuracy"
+    elif recipe.tasks is None:
         right = correct(predict(outcome.model, dataset.test_x, recipe.data.normalize), dataset.test_y)
     else:
         right, measured = split_correct(outcome.model, dataset, recipe.tasks.model_dump()), "validation_accuracy"
@@ -114,6 +118,8 @@ def _record(outcome: TrainResult, dataset: Dataset | dict[str, TaskPool], seed: 
     record = {"seed": seed, "accuracy": percent(right), "epochs": epochs} | {key: results[key] for key in kept}
     if recipe.tasks is not None:
         record["splits"] = {**results["splits"], recipe.tasks.headline: asdict(TaskAccuracy.of(right))}
+    if recipe.transfer is not None:
+        record["transfer"] = {**results["transfer"], "accuracy": percent(right)}
     if epochs:
         record["curve"] = {key: [r[key] for r in results["history"]] for key in ("train_loss", measured)}
     return SeedRun(record, right, outcome)
@@ -122,7 +128,8 @@ def _record(outcome: TrainResult, dataset: Dataset | dict[str, TaskPool], seed: 
 def summary(records: list[dict[str, Any]]) -> dict[str, Any]:
     """What the records of several seeds give together: mean, standard error (None for one), extremes, times.
 
-    Of few-shot learners also mean and standard error on every split; of others the mean of the best epochs, test-selected.
+    Of few-shot learners also mean and standard error on every split; of others the mean of the best epochs, test-selected
+    (not of transfer, where epochs are chosen on held-out images).
     """
     accuracies = [record["accuracy"] for record in records]
     found = {
@@ -133,6 +140,8 @@ def summary(records: list[dict[str, Any]]) -> dict[str, Any]:
         "highest_accuracy": max(accuracies),
         "total_wall_seconds": sum(record["wall_seconds"] for record in records),
     }
+    if "transfer" in records[0]:
+        return found
     if "splits" not in records[0]:
         best = statistics.fmean(record["best_epoch"]["accuracy"] for record in records)
         return {**found, "mean_best_epoch_accuracy": best}

@@ -11,7 +11,7 @@ import math
 import platform
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from datetime import date
 from pathlib import Path
@@ -28,10 +28,11 @@ from pizoo.models import KernelRegressor
 from pizoo.optim import PiSGD, clip_grad_norm_, param_groups
 from pizoo.recipes import Recipe, RecipeError, decisive
 from pizoo.training.engine import Engine, unsupported
+from pizoo.training.finetune import freeze, initial_rows, source_net, take_trunk
 from pizoo.training.plan import check_solving, plan
 from pizoo.training.report import LapTimer, StepProgress, commit, hardware, log, peak_memory
 from pizoo.training.schedule import schedule_factor
-from pizoo.training.state import Behind, optimizer_tensors, restore
+from pizoo.training.state import Behind, Snapshot, optimizer_tensors, restore
 
 REMEDY = "Try a smaller train.lr or train.clip.max_norm, and check the inputs"
 
@@ -45,7 +46,7 @@ class TrainResult:
     """What a training gave.
 
     Attributes:
-        model: the net after the last epoch, of few-shot trainings that of the epoch chosen, in eval mode.
+        model: the net after the last epoch, of few-shot and transfer trainings that of the epoch chosen, in eval mode.
         recipe: what was trained.
         folder: where its checkpoint is; None if none was asked for.
         history: one record an epoch: epoch, step, loss, test_accuracy, seconds, ...
@@ -74,9 +75,11 @@ class Training:
         self.timer, self.writing = LapTimer(), Behind()
         self.recipe, self.dataset, self.folder, self.device = recipe, dataset, folder, device
         self.history: list[dict[str, Any]] = []
+        self.best: Snapshot | None = None  # the net of the best epoch, where that is what a training gives
         self.samples_per_epoch, self.steps_per_epoch = self._sizes()
         self.steps = self.steps_per_epoch * recipe.train.epochs
-        self.plan = plan(recipe, self.samples_per_epoch, device, rows_on=rows_on)
+        self.source = source_net(recipe)
+        self.plan = plan(recipe, self.samples_per_epoch, device, rows_on=rows_on, first=initial_rows(self.source))
         self.plan.check(recipe.entry)
         log.info("%s", self.plan.summary(recipe.entry))
         if self.plan.rows_on == "host":
@@ -85,7 +88,14 @@ class Training:
             self._prepare(engine)
 
     def _tell_of_streaming(self) -> None:
-        planned = plan(self.recipe, self.samples_per_epoch, self.device, estimate_time=True, rows_on="host")
+        planned = plan(
+            self.recipe,
+            self.samples_per_epoch,
+            self.device,
+            estimate_time=True,
+            rows_on="host",
+            first=initial_rows(self.source),
+        )
         told = planned.streaming(self.recipe.entry)
         log.info("%s", told)
         warnings.warn(told, RuntimeWarning, stacklevel=4)
@@ -95,6 +105,10 @@ class Training:
         settings = self.recipe.train
         self._take()
         self.model = self.recipe.build_model(self.device)
+        if self.source is not None:
+            take_trunk(self.model, self.source)
+            self.source = None  # its memory is wanted
+        freeze(self.model, settings.freeze or ())
         self.optimizer = PiSGD(
             param_groups(
                 self.model,
@@ -112,7 +126,7 @@ class Training:
         self.growing = checkpoint.growing_layers(self.model)
         for layer in self.growing.values():
             layer.keep_rows_on(self.plan.rows_on)
-            if layer.role == "hidden" or settings.last_layer_lr_mult:
+            if layer.A.requires_grad and (layer.role == "hidden" or settings.last_layer_lr_mult):
                 layer.reserve(layer.count + self.samples_per_epoch * settings.epochs)
         self._begin_or_resume()
         self.engine = self._make_engine() if self._wants_engine(engine) else None
@@ -163,8 +177,14 @@ class Training:
             checkpoint.start_training(self.folder, self.model, self.recipe.config(self.class_names))
             return
         if records := checkpoint.read_manifest(self.folder)["epochs"]:
-            restore(self.model, self.optimizer, checkpoint.read_epoch(self.folder))
             self.history = [record["metrics"] for record in records]
+            best = self._best_epoch()
+            if best is not None and best < len(records):
+                restore(self.model, self.optimizer, checkpoint.read_epoch(self.folder, best))
+                self.best = Snapshot(self.model)
+            restore(self.model, self.optimizer, checkpoint.read_epoch(self.folder))
+            if best == len(records):
+                self.best = Snapshot(self.model)
             log.info("resuming %s after epoch %d", self.folder, len(self.history))
 
     def run(self, progress: bool) -> TrainResult:
@@ -175,6 +195,8 @@ class Training:
                 for epoch in range(already, settings.epochs):
                     with explained(self._ran_out):
                         self.history.append(self._epoch(epoch, bar))
+                        if self._best_epoch() == epoch + 1:
+                            self.best = Snapshot(self.model)
                         if self.folder is not None:
                             self._save(epoch + 1)
             finally:  # an epoch that has ended well is saved, whatever came after it
@@ -192,6 +214,8 @@ class Training:
 
     def _finish(self) -> None:
         """After the last epoch: leave the net that this training gives, in eval mode."""
+        if self.best is not None:
+            self.best.restore(self.model)
         self.model.eval()
 
     def _results(self) -> dict[str, Any]:
@@ -222,7 +246,11 @@ class Training:
                     f"the net's predictions after epoch {epoch + 1} are not finite; {self._kept(epoch)}. {REMEDY}"
                 )
             record["test_accuracy"] = accuracy(logits, self.dataset.test_y)
-        return self._log(record)
+        return self._log(record | self._measure(epoch + 1))
+
+    def _measure(self, epoch: int) -> dict[str, Any]:
+        """What else is recorded of the net after epoch ``epoch``."""
+        return {}
 
     def _losses(self, order: Tensor, first: int) -> Iterator[tuple[int, float]]:
         """Train on the samples in ``order``; size and loss of every batch, as it is taken or, by the engine, in the end."""
@@ -295,13 +323,17 @@ class Training:
         tensors = optimizer_tensors(self.model, self.optimizer)
         best = self._best_epoch()
         # A finite net's state is all of it, every epoch again: only the best, where that is kept, and the last.
-        keep = None if self.growing else {best}
+        keep = None if self.growing else {best, *self._kept_epochs()}
         self.writing.wait()
         checkpoint.save_epoch(self.folder, self.model, record, tensors, keep, best, self.writing.submit)
 
     def _best_epoch(self) -> int | None:
         """The epoch whose net this training gives; None: the last."""
         return None
+
+    def _kept_epochs(self) -> Iterable[int]:
+        """Epochs of a finite net that stay loadable, beside the best and the last."""
+        return ()
 
 
 def solve_kernel(recipe: Recipe, dataset: Dataset, folder: Path | None, device: torch.device) -> TrainResult:

@@ -9,12 +9,13 @@ from pathlib import Path
 import torch
 
 from pizoo import checkpoint
-from pizoo.data import Dataset, TaskPool
+from pizoo.data import Dataset, TaskPool, TransferData
 from pizoo.evaluation.accuracy import choose_device
 from pizoo.recipes import Recipe, RecipeError, load_recipe
 from pizoo.training.meta import MetaTraining, measure_kernel
 from pizoo.training.report import logging_to
 from pizoo.training.supervised import Training, TrainResult, check_folder, solve_kernel
+from pizoo.training.transfer import TransferTraining
 
 
 def train(
@@ -23,7 +24,7 @@ def train(
     *,
     overrides: Iterable[str] = (),
     data_dir: str | os.PathLike | None = None,
-    dataset: Dataset | dict[str, TaskPool] | None = None,
+    dataset: Dataset | TransferData | dict[str, TaskPool] | None = None,
     device: torch.device | str | None = None,
     engine: bool | None = None,
     rows_on: str = "auto",
@@ -37,7 +38,7 @@ def train(
         overrides: ``"train.epochs=1"`` and the like, for a name or path.
         data_dir: where data sets are (:func:`pizoo.data.data_directory`).
         dataset: use this one instead of the one the recipe names; of a recipe with tasks, the classes of each split, as
-            :func:`pizoo.data.load_tasks` gives them.
+            :func:`pizoo.data.load_tasks` gives them, of one with ``transfer`` a :class:`pizoo.data.TransferData`.
         device: None: a GPU if there is one.
         engine: train with :class:`pizoo.training.engine.Engine` instead of the plain loop, to the same result within
             rounding; None: on a GPU, where it can.
@@ -57,10 +58,14 @@ def train(
     elif list(overrides):
         raise RecipeError("overrides go with a name or path; a Recipe is complete already")
     device = choose_device(device)
-    training, solve = (Training, solve_kernel) if recipe.tasks is None else (MetaTraining, measure_kernel)
+    training, solve, wanted = Training, solve_kernel, Dataset
+    if recipe.tasks is not None:
+        training, solve, wanted = MetaTraining, measure_kernel, dict
+    elif recipe.transfer is not None:
+        training, wanted = TransferTraining, TransferData
     if dataset is None:
         dataset = recipe.load_data(data_dir)
-    if not isinstance(dataset, wanted := Dataset if recipe.tasks is None else dict):
+    if not isinstance(dataset, wanted):
         raise TypeError(f"dataset is a {type(dataset).__name__}; for {recipe.entry} it must be a {wanted.__name__}")
     training.check_data(recipe, dataset)
     folder = Path(out) if out is not None else None
