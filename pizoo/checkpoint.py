@@ -45,7 +45,7 @@ from torch import Tensor, nn
 
 from pizoo import models
 from pizoo.data import Dataset
-from pizoo.memory import HEADROOM, NotEnoughMemory, free_memory, is_out_of_memory
+from pizoo.memory import HEADROOM, NotEnoughMemory, copied_to_host, free_memory, is_out_of_memory
 from pizoo.models.base import check_state, persistent_tensors
 from pizoo.rows import Rows, check_place
 
@@ -617,7 +617,7 @@ def save_epoch(
     tensors |= {f"amult/{name}": layer.stored_amult for name, layer in layers.items()}
     tensors |= {f"decay/{name}": torch.tensor(layer.decay, dtype=torch.float64) for name, layer in layers.items()}
     tensors |= {f"optimizer/{name}": tensor for name, tensor in optimizer.items()}
-    tensors = {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
+    tensors = {name: copied_to_host(tensor) for name, tensor in tensors.items()}
 
     def write() -> None:
         _write_segment(folder, new_rows, ranges, manifest)
@@ -772,7 +772,8 @@ def _new_rows(model: nn.Module, manifest: Mapping[str, Any]) -> tuple[dict[str, 
     for name, layer in growing_layers(model).items():
         held = max((s["rows"][name][1] for s in manifest["segments"] if name in s["rows"]), default=0)
         if layer.count > held:
-            tensors |= {f"{name}.{part}": rows[held:].detach().cpu() for part, rows in (("A", layer.A), ("B", layer.B))}
+            new = {"A": layer.A[held:].detach(), "B": layer.B[held:].detach()}
+            tensors |= {f"{name}.{part}": copied_to_host(rows) if rows.is_cuda else rows for part, rows in new.items()}
             ranges[name] = [held, layer.count]
     return tensors, ranges
 

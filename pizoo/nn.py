@@ -19,9 +19,11 @@ from torch.autograd.function import once_differentiable
 
 from pizoo.functional import feature_kernel_from_preactivations, relu_kernel, unit
 from pizoo.ops import growing_backward, growing_forward
-from pizoo.rows import Rows
+from pizoo.rows import Rows, converted
 
 Role = Literal["input", "hidden", "readout"]
+# Rows of a compact net are large and cancel, so that products of 16 bits lose a hundredth of its logits: so few are read in 32.
+FEW_ROWS = 1 << 16
 LARGEST = 1e18  # of multipliers: torch takes no integers from 2**63 on, and float32 no products of larger ones
 
 
@@ -174,6 +176,8 @@ class _Growing(torch.autograd.Function):
         ctx.save_for_backward(gbar, s)
         # Rows stay out of save_for_backward: appending to the storage behind them does not change them.
         ctx.rows, ctx.bmult, ctx.decay, ctx.layernorm = (A, B, amult), bmult, decay, layernorm
+        if A.is_cuda and len(A) <= FEW_ROWS and A.dtype.itemsize < 4:
+            (A, B, amult), bmult = converted(A, B, amult, torch.float32), None
         with torch.autocast(g.device.type, enabled=False):
             out = growing_forward(gbar, A, B, amult, bmult=bmult)
         return (out * (decay if layernorm else s * decay)).to(g.dtype)

@@ -239,6 +239,18 @@ def test_a_compact_net_trains_and_grows_on(digits, small):
     assert net.hidden[0].count == 30 + 400 and sum(losses[-5:]) < 0.8 * sum(losses[:5])
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float16])
+def test_a_compact_net_gives_the_same_logits_everywhere(full, dtype):
+    net = full.fit(3 * ROWS, dtype)
+    x = torch.randn(50, 64)
+    with torch.no_grad():
+        here = net(x)
+        assert relative_error(net.cuda()(x.cuda()).cpu(), here) < 1e-4
+        assert relative_error(net.double()(x.double().cuda()).cpu().float(), here) < 1e-4
+
+
 def test_one_number_of_rows_or_one_for_every_layer():
     full = {"hidden.0": 1000, "hidden.1": 1000, "output": 1000}
     assert row_counts(80, full) == [80, 80, 40]
