@@ -109,7 +109,7 @@ def test_the_ridge_is_chosen_by_held_out_error():
     layer = InfPiLinear(6, 3, bias_alpha=0.0, role="readout", dtype=torch.float64)
     g, held_out = torch.randn(60, 6), torch.randn(60, 6)
     smooth = lambda x: x @ torch.arange(18.0).view(6, 3)  # noqa: E731
-    noisy = smooth(g) + torch.randn(60, 3)
+    noisy = smooth(g) + 30 * torch.randn(60, 3)
     chosen = fit_rows(layer, 50, (g, noisy), (held_out, smooth(held_out)), seed=0)
     assert relative_error(layer(held_out), smooth(held_out)) == pytest.approx(chosen.error, rel=1e-6)
     fooled = fit_rows(layer, 50, (g, noisy), (g, noisy), seed=0)

@@ -8,7 +8,6 @@ for the errors of those before (nearest plane; Babai, 1986), and 8 bits do.
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import torch
@@ -20,6 +19,7 @@ from pizoo.nn import InfPiLinear
 from pizoo.rows import directed, scaled
 
 RIDGES = (1e-4, 1e-5, 1e-6, 1e-7, 1e-8)
+NEARLY = 1.02
 JITTER = 1e-12  # of the mean diagonal: two landmarks may coincide
 SAMPLES_AT_ONCE = 4096
 BLOCK = 128  # rows rounded before the errors they leave are spread to all others
@@ -28,7 +28,7 @@ Pair = tuple[Tensor, Tensor]
 
 
 class Fit(NamedTuple):
-    """How a layer was fitted: the ridge of :data:`RIDGES` with the least error on held-out inputs, and that error, relative."""
+    """How a layer was fitted: the ridge, of :data:`RIDGES`, and the relative error on held-out inputs, after rounding."""
 
     ridge: float
     error: float
@@ -44,7 +44,8 @@ def fit_rows(layer: InfPiLinear, count: int, fit: Pair, held_out: Pair, seed: in
     Args:
         layer: its rows are replaced.
         fit: what enters the layer [n, r], and what the full layer then gives [n, r_out].
-        held_out: the same for other inputs, by which the ridge is chosen.
+        held_out: the same for other inputs. The largest ridge is taken that does nearly as well there as the best:
+            rows that cancel less lose less to rounding, here and in what computes with them.
         seed: of the landmarks.
 
     Raises:
@@ -56,18 +57,23 @@ def fit_rows(layer: InfPiLinear, count: int, fit: Pair, held_out: Pair, seed: in
     along = B.double() if not bmult else B.double() * bmult[0].double()[:, None]
     gram, moment = _moments(layer, along, fit)
     kernel, scale = row_features(along, along, True), gram.diagonal().mean()
-    best = Fit(math.nan, math.inf), Tensor(), Tensor()
-    for ridge in RIDGES:
+
+    def factor(ridge: float) -> Tensor | None:
         system = gram + ridge * scale / kernel.diagonal().mean() * kernel
         system.diagonal().add_(JITTER * scale)
-        factor, info = torch.linalg.cholesky_ex(system)
-        if info.item() == 0:
-            A, amult = rounded(torch.cholesky_solve(moment, factor), factor, dtype)
-            layer.set_rows(A, B, amult)
-            error = relative_error(in_parts(layer, held_out[0]), held_out[1])
-            best = min(best, (Fit(ridge, error), A, amult), key=lambda found: found[0].error)
-    layer.set_rows(best[1], B, best[2])
-    return best[0]
+        lower, info = torch.linalg.cholesky_ex(system)
+        return None if info.item() else lower
+
+    features, wanted = row_features(held_out[0].double(), along, layer.layernorm), _summed(layer, held_out[1])
+    errors = {}
+    for ridge in RIDGES:
+        if (lower := factor(ridge)) is not None:
+            errors[ridge] = relative_error(features @ torch.cholesky_solve(moment, lower), wanted)
+    ridge = max(ridge for ridge, error in errors.items() if error <= NEARLY * min(errors.values()))
+    lower = factor(ridge)
+    A, amult = rounded(torch.cholesky_solve(moment, lower), lower, dtype)
+    layer.set_rows(A, B, amult)
+    return Fit(ridge, relative_error(in_parts(layer, held_out[0]), held_out[1]))
 
 
 def landmarks(g: Tensor, count: int, seed: int) -> Tensor:
@@ -120,10 +126,14 @@ def _moments(layer: InfPiLinear, B: Tensor, fit: Pair) -> Pair:
     gram, moment = B.new_zeros(len(B), len(B)), B.new_zeros(len(B), out.shape[1])
     for g_part, out_part in zip(g.split(SAMPLES_AT_ONCE), out.split(SAMPLES_AT_ONCE), strict=True):
         features = row_features(g_part.double(), B, layer.layernorm)
-        summed = (out_part - layer.finish(torch.zeros_like(out_part[:1]))) / layer.alpha
         gram.addmm_(features.T, features, alpha=1 / len(g))
-        moment.addmm_(features.T, summed.double(), alpha=1 / len(g))
+        moment.addmm_(features.T, _summed(layer, out_part), alpha=1 / len(g))
     return gram, moment
+
+
+def _summed(layer: InfPiLinear, out: Tensor) -> Tensor:
+    """What the rows must sum to for the layer to give ``out``, in float64."""
+    return ((out - layer.finish(torch.zeros_like(out[:1]))) / layer.alpha).double()
 
 
 def in_parts(layer: InfPiLinear, g: Tensor) -> Tensor:
