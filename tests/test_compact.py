@@ -13,6 +13,7 @@ import torch
 import pizoo
 from pizoo import checkpoint, zoo
 from pizoo.checkpoint import CheckpointError
+from pizoo.compaction import fit as fitting
 from pizoo.compaction.fit import RIDGES, fit_rows, landmarks, relative_error, rounded, row_features
 from pizoo.compaction.full import READOUT_SHARE, Full, row_counts
 from pizoo.evaluation.accuracy import accuracy
@@ -104,7 +105,8 @@ def test_rows_are_the_minimum_of_the_ridge_regression(role, layernorm):
     assert gradient.norm() < 1e-6 * (2 * features.T @ target / len(g)).norm()
 
 
-def test_the_ridge_is_chosen_by_held_out_error():
+def test_the_ridge_is_chosen_by_held_out_error(monkeypatch):
+    monkeypatch.setattr(fitting, "RIDGES", (1.0, 1e-2, 1e-4, 1e-6))
     torch.manual_seed(0)
     layer = InfPiLinear(6, 3, bias_alpha=0.0, role="readout", dtype=torch.float64)
     g, held_out = torch.randn(60, 6), torch.randn(60, 6)
