@@ -167,14 +167,14 @@ class Engine:
             the loss of every step. From the first that is not finite on, nothing was changed.
         """
         size, n = self.settings.batch_size, len(order)
-        full, rest = self._step_of(min(size, n)), self._step_of(n % size) if n > size and n % size else None
+        full, rest = self._step_of(min(size, n)), n % size if n > size else 0
         self.order.copy_(order)
         self.position.zero_()
         self.step.fill_(first_step)
         for _ in range(max(1, n // size)):
             full()
-        if rest is not None:
-            rest()
+        if rest:  # once an epoch: compiling for it would take longer than all of these do
+            self._take_step(rest, self._compute_step)
         for state in self.growing:
             state.sync()
         return self.told[:, 0].tolist()
@@ -185,7 +185,7 @@ class Engine:
         if size not in self._steps and self._on_gpu:
             with torch.cuda.device(self.step.device):
                 self._steps[size] = self._capture(size)
-        return self._steps.setdefault(size, lambda: self._take_step(size))
+        return self._steps.setdefault(size, lambda: self._take_step(size, self._compute))
 
     def _capture(self, size: int) -> Callable[[], None]:
         # Steps taken to compile, tune and warm up must leave no trace. Rows beyond the count are none.
@@ -195,13 +195,13 @@ class Engine:
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(WARM_UP_STEPS):
-                self._take_step(size)
+                self._take_step(size, self._compute)
                 for tensor, value in zip(state, before, strict=True):
                     tensor.copy_(value)
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            self._take_step(size)
+            self._take_step(size, self._compute)
         return graph.replay
 
     def _mutable(self) -> Iterator[Tensor]:
@@ -214,8 +214,8 @@ class Engine:
 
     # ------------------------------------------------------------------ one step
 
-    def _take_step(self, size: int) -> None:
-        new_rows, steps = self._compute(size)
+    def _take_step(self, size: int, compute: Callable) -> None:
+        new_rows, steps = compute(size)
         with self._beside():
             for state, (first, *rows) in zip(self.appending, new_rows, strict=True):
                 self._append(rows, state.storages, first)
