@@ -509,7 +509,9 @@ def compact(
     dtype: Annotated[Literal["int8", "float16"], typer.Option(help="Of the rows; of int8 twice as many fit.")] = "int8",
     views: Annotated[int, typer.Option(min=1, help="Views of each image to fit to, mirrored and moved.")] = 6,
     curve: Annotated[bool, typer.Option("--curve", help="Measure smaller sizes as well, and draw them.")] = False,
-    epoch: Annotated[int | None, typer.Option(help="Epoch of a training checkpoint (the last).")] = None,
+    epoch: Annotated[
+        int | None, typer.Option(help="Epoch of a training checkpoint (the one it chose, else the last).")
+    ] = None,
     data: Data = None,
     device: Device = None,
 ) -> None:

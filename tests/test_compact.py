@@ -397,3 +397,33 @@ def test_an_entry_is_made_of_full_nets_and_ships_a_compact_one(tmp_path):
 def test_only_nets_that_grow_are_made_compact():
     with pytest.raises(RecipeError, match=r"compact: must be left out, it is for supervised nets of model.kind infpi"):
         load_recipe("digits_mu", ("compact={megabytes: 5}",))
+
+
+def test_an_entry_made_compact_is_verified(tmp_path):
+    results = compact_checkpoint("digits_infpi", tmp_path, Compact(rows=800, views=2), device="cpu")
+    before = json.loads((zoo.card("digits_infpi") / "results.json").read_text())
+    assert results["seeds"] == before["seeds"] and results["mean_accuracy"] == before["mean_accuracy"]
+    assert results["compact"]["full_accuracy"] == pytest.approx(before["accuracy"], abs=1e-4)
+    for quick in (False, True):
+        report = pizoo.verify(tmp_path, device="cpu", quick=quick)
+        assert (report.status, report.reason) == ("verified", "")
+
+
+def test_what_cannot_be_fitted_is_refused_before_or_in_words(digits, monkeypatch, tmp_path):
+    model, train_x, _, _ = digits
+    with pytest.raises(ValueError, match="what the full net gives for x, or what enters its layers, is not finite"):
+        pizoo.compact(model, torch.full_like(train_x[:50], float("nan")), 10)
+    monkeypatch.setattr(Full, "__init__", lambda *_, **__: pytest.fail("the full net was asked first"))
+    with pytest.raises(ValueError, match=r"rows is 1,000,000 for hidden.0"):
+        pizoo.compact(model, train_x, 10**6)
+    with pytest.raises(
+        ValueError, match=r"a net of 13,544 \+ 13,544 rows needs no 25 MB: give fewer megabytes, or rows"
+    ):
+        compact_checkpoint("digits_infpi", tmp_path / "out", Compact(), device="cpu")
+
+
+def test_a_read_out_that_gives_nothing_is_made_compact():
+    net = InfPiMLP(12, 3, r=8, readout_zero_init=True)
+    net.hidden[0].append(torch.randn(30, 8), unit(torch.randn(30, 8))[0], 0.1)
+    few = pizoo.compact(net.eval(), torch.randn(100, 12), [10, 1])
+    assert few(torch.randn(4, 12)).abs().max() < 1e-6

@@ -19,8 +19,9 @@ from pizoo.evaluation.accuracy import accuracy, percent
 from pizoo.evaluation.transfer import featured, transfer_correct, verification_split
 from pizoo.memory import NotEnoughMemory
 from pizoo.models import InfPiMLP
-from pizoo.recipes import load_recipe
+from pizoo.recipes import Compact, load_recipe
 from pizoo.training import supervised
+from pizoo.training.compact import compact_checkpoint
 from pizoo.training.reproduce import reproduce
 from pizoo.training.seeds import run_seeds
 
@@ -308,3 +309,25 @@ def test_on_a_gpu_all_is_measured_and_training_chooses_as_on_a_cpu(card, tmp_pat
         whole["training_images"] == trained[1]["training_images"]
         and abs(whole["accuracy"] - trained[1]["accuracy"]) < 1
     )
+
+
+def test_a_compact_net_is_measured_by_transfer_and_so_verified(trained, tmp_path):
+    made = compact_checkpoint(trained.folder, tmp_path / "compact", Compact(rows=100, views=2), device="cpu")
+    full = json.loads((trained.folder / "results.json").read_text())
+    assert made["mean_accuracy"] != made["accuracy"] or made["accuracy"] == full["accuracy"]
+    assert abs(made["accuracy"] - full["accuracy"]) < 5 and made["transfer"]["ridge"] == full["transfer"]["ridge"]
+    report = pizoo.verify(tmp_path / "compact", device="cpu")
+    assert (report.status, report.reason) == ("verified", "")
+    other = next(epoch for epoch in (1, 2, 3) if epoch != full["transfer"]["epoch"])
+    with pytest.raises(ValueError, match=f"epoch is {other}; .* only the epoch that its training chose has a ridge"):
+        compact_checkpoint(trained.folder, tmp_path / "other", Compact(rows=100), epoch=other, device="cpu")
+
+
+def test_an_infinite_entry_ships_its_compact_net(tmp_path):
+    results = reproduce(
+        small("digits_infpi", "compact={rows: 100, views: 2}"), tmp_path / "card", tmp_path / "runs", [0]
+    )
+    assert pizoo.load(tmp_path / "card").hidden[0].count == 100
+    assert abs(results["accuracy"] - results["seeds"][0]["accuracy"]) < 5
+    assert pizoo.verify(tmp_path / "card", device="cpu").status == "verified"
+    assert "## A compact net" in (tmp_path / "card/README.md").read_text()

@@ -8,6 +8,7 @@ for the errors of those before (nearest plane; Babai, 1986), and 8 bits do.
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -69,6 +70,10 @@ def fit_rows(layer: InfPiLinear, count: int, fit: Pair, held_out: Pair, seed: in
     for ridge in RIDGES:
         if (lower := factor(ridge)) is not None:
             errors[ridge] = relative_error(features @ torch.cholesky_solve(moment, lower), wanted)
+    if not any(error < math.inf for error in errors.values()):
+        raise ValueError(
+            "what the full net gives for x, or what enters its layers, is not finite: no rows can be fitted to it"
+        )
     ridge = max(ridge for ridge, error in errors.items() if error <= NEARLY * min(errors.values()))
     lower = factor(ridge)
     A, amult = rounded(torch.cholesky_solve(moment, lower), lower, dtype)
@@ -142,5 +147,6 @@ def in_parts(layer: InfPiLinear, g: Tensor) -> Tensor:
 
 
 def relative_error(found: Tensor, wanted: Tensor) -> float:
-    """``|found - wanted| / |wanted|``."""
-    return ((found - wanted).double().norm() / wanted.double().norm()).item()
+    """``|found - wanted| / |wanted|``; where nothing is wanted, ``|found|``."""
+    size = wanted.double().norm().item()
+    return (found - wanted).double().norm().item() / (size or 1.0)

@@ -61,6 +61,7 @@ def compact(
         TypeError: ``model`` is no InfPiMLP.
         ValueError: x of another shape than the net takes; more rows than the net has, or than there are inputs.
     """
+    check_rows(rows, model, x, views)
     return Full(model, x, views=views, seed=seed, progress=progress).fit(rows, dtype)
 
 
@@ -87,14 +88,9 @@ class Full:
         seed: int = 0,
         progress: bool = False,
     ):
-        if not isinstance(model, InfPiMLP):
-            raise TypeError(f"model is a {type(model).__name__}; only an InfPiMLP has rows to make fewer of")
-        if len(x) < 2:
-            raise ValueError(f"x has shape {list(x.shape)}; it must hold at least two inputs: one of them is held out")
-        self.counts = {name: layer.count for name, layer in model.growing_layers.items()}
+        self.counts, _ = sizes_of(model, x, views)
         self.seed, self.progress, self.net = seed, progress, without_rows(model)
-        check_positive(views=views)
-        held_out, order = max(1, round(HELD_OUT * len(x))), epoch_order(len(x), seed, 0)
+        held_out, order = _held_out(x), epoch_order(len(x), seed, 0)
         fit_views = range(views if x.ndim == 4 else 1)
         parts = {"fit": [(x, order[held_out:], view) for view in fit_views], "held out": [(x, order[:held_out], 0)]}
         if test_x is not None:
@@ -180,6 +176,35 @@ def _seen(images: Tensor, view: int, generator: torch.Generator) -> Tensor:
         images = padded[..., i : i + height, j : j + width]
     mirrored = view == 1 or (view >= 2 and bool(torch.randint(2, (), generator=generator)))
     return images.flip(-1) if mirrored else images
+
+
+def _held_out(x: Tensor) -> int:
+    return max(1, round(HELD_OUT * len(x)))
+
+
+def sizes_of(model: InfPiMLP, x: Tensor, views: int) -> tuple[dict[str, int], int]:
+    """How many rows each growing layer has, by name, and how many inputs there are to fit fewer to.
+
+    Raises:
+        TypeError: ``model`` is no InfPiMLP.
+        ValueError: fewer than two inputs, no view.
+    """
+    if not isinstance(model, InfPiMLP):
+        raise TypeError(f"model is a {type(model).__name__}; only an InfPiMLP has rows to make fewer of")
+    if len(x) < 2:
+        raise ValueError(f"x has shape {list(x.shape)}; it must hold at least two inputs: one of them is held out")
+    check_positive(views=views)
+    inputs = (len(x) - _held_out(x)) * (views if x.ndim == 4 else 1)
+    return {name: layer.count for name, layer in model.growing_layers.items()}, inputs
+
+
+def check_rows(rows: int | Sequence[int], model: InfPiMLP, x: Tensor, views: int) -> None:
+    """Raise what :func:`compact` would after asking the full net, which takes long, before."""
+    counts, inputs = sizes_of(model, x, views)
+    if (most := max(row_counts(rows, counts))) > inputs:
+        raise ValueError(
+            f"{most:,} rows are asked for, with {inputs:,} inputs to fit to; a row needs an input of its own"
+        )
 
 
 def row_counts(rows: int | Sequence[int], full: Mapping[str, int]) -> list[int]:

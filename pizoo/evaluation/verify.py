@@ -316,7 +316,7 @@ def _recorded_correct(folder: Path, results: dict[str, Any]) -> dict[str, Tensor
     if "correct_sha256" not in results:
         return {}
     found = checkpoint.read_tensors(folder / checkpoint.CORRECT, results["correct_sha256"])
-    recorded = {checkpoint.SHIPPED: results} | {checkpoint.seed_key(run["seed"]): run for run in results["seeds"]}
+    recorded = {checkpoint.SHIPPED: results} | {checkpoint.seed_key(r["seed"]): r for r in results.get("seeds", ())}
     for key, run in recorded.items():
         if key not in found or abs(percent(found[key]) - run["accuracy"]) > ROUNDING:
             raise CheckpointError(

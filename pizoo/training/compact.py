@@ -15,13 +15,14 @@ from torch import Tensor
 
 from pizoo import checkpoint, zoo
 from pizoo.checkpoint import CheckpointError
-from pizoo.compaction.full import READOUT_SHARE, Full, without_rows
+from pizoo.compaction.full import READOUT_SHARE, Full, check_rows, sizes_of, without_rows
 from pizoo.data import Dataset
-from pizoo.evaluation.accuracy import accuracy, choose_device
+from pizoo.evaluation.accuracy import accuracy, choose_device, correct, percent, predict
 from pizoo.models import InfPiMLP
 from pizoo.plots import SIZES, draw_sizes
-from pizoo.recipes import Compact
+from pizoo.recipes import Compact, Recipe
 from pizoo.training.report import hardware
+from pizoo.training.transfer import measure_shipped
 
 CURVE = (1 / 8, 1 / 4, 1 / 2, 1)  # of the rows asked for
 AMULT_BYTES = 4
@@ -48,10 +49,15 @@ def compact_net(
     Raises:
         TypeError, ValueError: as :func:`pizoo.compact`; megabytes that hold no net.
     """
-    if not isinstance(model, InfPiMLP):
-        raise TypeError(f"model is a {type(model).__name__}; only an InfPiMLP has rows to make fewer of")
+    counts, _ = sizes_of(model, dataset.train_x, settings.views)
     dtype = getattr(torch, settings.dtype)
     rows = settings.rows or rows_within(model, settings.megabytes, dtype)
+    if settings.rows is None and rows >= min(counts.values()):
+        raise ValueError(
+            f"a net of {' + '.join(f'{count:,}' for count in counts.values())} rows needs no {settings.megabytes:g} MB: give "
+            f"fewer megabytes, or rows"
+        )
+    check_rows(rows, model, dataset.train_x, settings.views)
     full = Full(model, dataset.train_x, normalize, dataset.test_x, settings.views, progress=progress)
     whole = None if dataset.test_x is None else accuracy(full.logits("test"), dataset.test_y)
     part, sizes = "held out" if dataset.test_x is None else "test", []
@@ -83,31 +89,50 @@ def compact_checkpoint(
 
     Args:
         source: an entry's name, the folder of a checkpoint, finished or in training, or where one is on the Hub.
-        out: folder to write ``config.json``, ``model.safetensors``, ``probe.safetensors``, ``results.json``.
+        out: folder to write ``config.json``, ``model.safetensors``, ``probe.safetensors``, ``results.json`` and
+            ``correct.safetensors``.
         curve: fit to an eighth, a quarter and half of the rows too, and draw agreement and accuracy against size.
-        epoch: of a training checkpoint; None: the last.
+        epoch: of a training checkpoint; None: the one its training chose, else the last.
         data_dir, device: as for :func:`pizoo.train`.
 
     Returns:
-        what ``results.json`` holds: the source's, where ``accuracy`` is now the compact net's, and under ``compact`` what
-        :func:`compact_net` records. ``mean_accuracy`` goes on speaking of full nets.
+        what ``results.json`` holds: the source's, where ``accuracy`` (and ``transfer``) is now the compact net's, and under
+        ``compact`` what :func:`compact_net` records. ``mean_accuracy`` goes on speaking of full nets.
 
     Raises:
         UnknownEntryError, CheckpointError, DataNotFoundError: source or data are missing or damaged, or ``out`` holds another
             checkpoint.
-        TypeError, ValueError: as :func:`compact_net`.
+        TypeError, ValueError: as :func:`compact_net`; another epoch of a transfer entry than its training chose, of which no
+            ridge is known.
     """
     folder, out, device = zoo.locate(source, epoch=epoch, records=True), Path(out), choose_device(device)
     zoo.check_weights(folder)
     if (out / checkpoint.CONFIG).exists() and "compacted" not in checkpoint.read_config(out)["pizoo"]:
         raise CheckpointError(f"{out} holds a checkpoint that is not a compact net; choose another folder")
     model, config = checkpoint.load(folder, epoch, device)
-    dataset, normalize = zoo.dataset(config, data_dir), zoo.preprocessing(config)
+    recipe, source_results = Recipe.from_dict(config["recipe"], str(source)), _results(folder, config, epoch)
+    if recipe.transfer is not None and "transfer" not in source_results:
+        raise ValueError(
+            f"epoch is {epoch}; of {source} only the epoch that its training chose has a ridge to measure it with"
+        )
+    loaded = recipe.load_data(data_dir)
+    dataset, normalize = loaded if recipe.transfer is None else loaded.source, recipe.data.normalize
     net, record = compact_net(model, dataset, normalize, settings, curve, progress)
     checkpoint.save_with_probe(out, net, config, dataset, normalize)
-    accuracies = {"mean_accuracy": record["full_accuracy"], "accuracy": net.compacted["accuracy"]}
-    results = {**accuracies, **_results(folder, config, epoch), "accuracy": accuracies["accuracy"], "compact": record}
+    results = {"mean_accuracy": record["full_accuracy"], **source_results, "accuracy": None, "compact": record}
+    right = _correct_before(folder, source_results)
+    if recipe.transfer is not None:
+        results, right[checkpoint.SHIPPED], right[checkpoint.VERIFIED] = measure_shipped(
+            out, recipe, loaded, results, device
+        )
+    elif dataset.test_x is not None:
+        shipped, _ = checkpoint.load(out, device=device)
+        right[checkpoint.SHIPPED] = correct(predict(shipped, dataset.test_x, normalize), dataset.test_y)
+    if checkpoint.SHIPPED in right:
+        results["accuracy"] = percent(right[checkpoint.SHIPPED])
+        results["correct_sha256"] = checkpoint.write_tensors(out / checkpoint.CORRECT, right)
     checkpoint.write_json(out / checkpoint.RESULTS, results)
+    (out / SIZES).unlink(missing_ok=True)
     if curve:
         draw_sizes(out / SIZES, record)
     return results
@@ -117,6 +142,14 @@ def _results(folder: Path, config: dict[str, Any], epoch: int | None) -> dict[st
     """The source's results; of an earlier or unfinished epoch there are none."""
     path = folder / checkpoint.RESULTS
     return checkpoint.read_json(path) if epoch is None and path.exists() else {"entry": config["recipe"]["entry"]}
+
+
+def _correct_before(folder: Path, results: dict[str, Any]) -> dict[str, Tensor]:
+    """Which test images full nets classify correctly, where the source records it; not the net that it ships."""
+    if "correct_sha256" not in results:
+        return {}
+    found = checkpoint.read_tensors(folder / checkpoint.CORRECT, results["correct_sha256"])
+    return {key: right for key, right in found.items() if key not in (checkpoint.SHIPPED, checkpoint.VERIFIED)}
 
 
 def stored_bytes(net: InfPiMLP) -> int:
