@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from pizoo import checkpoint
@@ -74,9 +75,7 @@ def _cells(card: Path, links: str) -> Iterator[str]:
     yield _measured(results) if "seeds" in results else "–"
     weights = card / checkpoint.MODEL
     yield _size(weights.stat().st_size) if weights.exists() else "–"
-    yield (
-        f"{duration(results['total_wall_seconds'] / len(results['seeds']))}, {results['hardware']}" if results else "–"
-    )
+    yield _time(results) if results else "–"
 
 
 def _size(size: int) -> str:
@@ -98,4 +97,4 @@ def _measured(results: dict[str, Any]) -> str:
 
 
 def _time(results: dict[str, Any]) -> str:
-    return f"{duration(results['total_wall_seconds'] / len(results['seeds']))}, {results['hardware']}"
+    return f"{duration(fmean(run['wall_seconds'] for run in results['seeds']))}, {results['hardware']}"
