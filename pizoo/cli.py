@@ -153,15 +153,18 @@ def _print_plan(recipe: Any, data: Path | None, device: str | None, rows_on: str
     from pizoo.cards import duration
     from pizoo.data import training_images
     from pizoo.evaluation.accuracy import choose_device
-    from pizoo.kernels import kernel_bytes
+    from pizoo.kernels import FACTORED, kernel_bytes
+    from pizoo.memory import HEADROOM
     from pizoo.training.finetune import initial_rows, source_net
     from pizoo.training.plan import plan, samples_per_epoch
+    from pizoo.training.transfer import check_measuring
 
     if recipe.train is None:
         raise ValueError(f"{recipe.entry} is a kernel, which is not trained: there is no training to plan")
     samples = samples_per_epoch(recipe) if recipe.tasks else _training_images(recipe, data)
     first = initial_rows(source_net(recipe))
-    planned = plan(recipe, samples, choose_device(device), estimate_time=True, rows_on=rows_on, first=first)
+    place = choose_device(device)
+    planned = plan(recipe, samples, place, estimate_time=True, rows_on=rows_on, first=first)
     row = (
         recipe.entry,
         f"{planned.steps:,}",
@@ -179,10 +182,12 @@ def _print_plan(recipe: Any, data: Path | None, device: str | None, rows_on: str
         target = recipe.transfer.data
         known = training_images(target.name) if target.path is None and target.keep is None else None
         count = target.subset or known or len(target.load(data).train_y)
-        size = kernel_bytes(count, count, 8, choose_device(device), copies=2) / 2**30
+        size = kernel_bytes(count, count, 8, place, FACTORED) / 2**30
         told = f"measuring transfer takes {size:.1f} GiB beside: a kernel of {count:,} images of {target.name} and its factor"
         out.print(told, markup=False, soft_wrap=True)
     planned.check(recipe.entry)
+    if recipe.transfer:
+        check_measuring(recipe.transfer, count, place, planned.needed - HEADROOM)
 
 
 def _training_images(recipe: Any, data: Path | None) -> int:

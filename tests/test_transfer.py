@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from dataclasses import replace
 
@@ -13,7 +14,7 @@ import torch
 import pizoo
 from pizoo import checkpoint, functional, kernels
 from pizoo.cards import card_text
-from pizoo.data import TransferData, load_dataset, split_validation
+from pizoo.data import Dataset, TransferData, load_dataset, split_validation
 from pizoo.evaluation import transfer
 from pizoo.evaluation.accuracy import accuracy, percent
 from pizoo.evaluation.transfer import featured, transfer_correct, verification_split
@@ -111,6 +112,39 @@ def test_a_kernel_larger_than_memory_is_refused_with_its_size(trained, monkeypat
     )  # which needs no such matrix
     monkeypatch.undo()
     assert torch.equal(right[0], transfer_correct(trained.model.feature_kernel, features, [0.1])[0])
+
+
+@pytest.mark.parametrize("free", [10**6, 10**8, 10**9, 10**11])  # beneath a block, and far beyond
+@pytest.mark.parametrize("copies", [1, kernels.FACTORED, kernels.DECOMPOSED])
+def test_a_kernel_of_the_size_that_is_advised_is_not_refused(free, copies, monkeypatch):
+    monkeypatch.setattr(kernels, "free_memory", lambda device: free)
+    cpu = torch.device("cpu")
+    with pytest.raises(NotEnoughMemory) as refused:
+        kernels.check_memory(10**6, 10**6, 8, cpu, copies)
+    advised = int(re.search(r"One between ([\d,]+) would fit", str(refused.value))[1].replace(",", ""))
+    kernels.check_memory(advised, advised, 8, cpu, copies)
+    with pytest.raises(NotEnoughMemory):
+        kernels.check_memory(advised + 1, advised + 1, 8, cpu, copies)
+
+
+def test_many_ridges_are_refused_what_their_eigendecomposition_takes(monkeypatch):
+    (x, _), labels = problem(1000), torch.zeros(1000, dtype=torch.int64)
+    found = Dataset("noise", x, labels, x[:2], labels[:2], ("one",))
+    monkeypatch.setattr(kernels, "free_memory", lambda device: kernels.kernel_bytes(1000, 1000, 8, device, 3))
+    transfer_correct(functional.relu_kernel, found, [0.1])
+    with pytest.raises(NotEnoughMemory, match="and its eigendecomposition, takes"):
+        transfer_correct(functional.relu_kernel, found, [0.1] * kernels.EIGEN_FROM)
+
+
+def test_a_dry_run_refuses_what_the_training_would(monkeypatch, pizoo_command):
+    changes = [part for setting in SOURCE for part in ("--set", setting)]
+    command = ("train", "digits_mu", "--dry-run", "--device", "cpu", *changes)
+    fits = pizoo_command(*command)
+    assert fits.code == 0 and "measuring transfer takes" in fits.out, fits.err
+    monkeypatch.setattr(kernels, "free_memory", lambda device: 10**6)
+    refused = pizoo_command(*command)
+    assert refused.code == 1 and "measuring transfer takes" in refused.out
+    assert "a smaller transfer.data.subset" in refused.err.replace("\n", " ")
 
 
 def test_a_kernel_that_will_not_fit_is_refused_before_the_first_step(tmp_path, monkeypatch):

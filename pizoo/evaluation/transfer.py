@@ -65,8 +65,7 @@ def transfer_correct(
     x, test_x = found.train_x.double(), found.test_x.double()
     targets = centred_one_hot(found.train_y.to(x.device), found.classes)
     if tolerance is None:
-        remedy = "; or solve on a subset, or iteratively"
-        kernels.check_memory(len(x), len(x), 8, x.device, copies=2, remedy=remedy)
+        kernels.check_solving(len(x), len(ridges), x.device, remedy="; or solve on a subset, or iteratively")
         duals = kernels.solve_ridges(kernels.matrix(kernel, x, x), targets, ridges)
     else:
         duals = [kernels.solve_iteratively(kernel, x, targets, r, tolerance)[0] for r in ridges]
@@ -95,7 +94,8 @@ def verification_split(target: Dataset) -> Dataset:
 
 def measures_all(count: int, device: torch.device) -> bool:
     """Whether a regression on ``count`` training images is measured: on a GPU with room for the kernel and its factor."""
-    return device.type == "cuda" and kernels.kernel_bytes(count, count, 8, device, copies=2) <= free_memory(device)
+    needed = kernels.kernel_bytes(count, count, 8, device, kernels.FACTORED)
+    return device.type == "cuda" and needed <= free_memory(device)
 
 
 def measure_transfer(

@@ -8,6 +8,7 @@ looked at once, in the end, and once at the published epoch and ridge.
 from __future__ import annotations
 
 import copy
+import math
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -28,7 +29,7 @@ from pizoo.evaluation.transfer import (
     verification_split,
 )
 from pizoo.models import PiNet
-from pizoo.recipes import Recipe
+from pizoo.recipes import Recipe, Transfer
 from pizoo.training.supervised import REMEDY, Training, TrainingDiverged, TrainResult
 
 
@@ -47,8 +48,8 @@ class TransferTraining(Training):
         self.target, self.transfer = dataset.target, recipe.transfer
         self.quick = quick_split(self.target, self.transfer.validation)
         super().__init__(recipe, dataset.source, folder, device, engine, rows_on)
-        count = len(self.target.train_y)  # refused now, beside the rows reserved, rather than after some epochs
-        kernels.check_memory(count, count, 8, device, copies=2, remedy=": a smaller transfer.data.subset")
+        # Now, beside the rows reserved, rather than after some epochs.
+        check_measuring(recipe.transfer, len(self.target.train_y), device)
 
     @staticmethod
     def check_data(recipe: Recipe, dataset: TransferData) -> None:
@@ -128,6 +129,14 @@ class TransferTraining(Training):
                 "source": {"data": source["data"]["name"], "accuracy": source.get("accuracy")},
             },
         }
+
+
+def check_measuring(transfer: Transfer, count: int, device: torch.device, taken: int = 0) -> None:
+    """Raise NotEnoughMemory unless transfer to ``count`` training images can be measured: on all of them with one ridge, on
+    those that are not held out with every ridge. ``taken``: bytes that the training itself will have."""
+    remedy = ": a smaller transfer.data.subset"
+    kernels.check_solving(count, 1, device, remedy, taken)
+    kernels.check_solving(math.ceil((1 - transfer.validation) * count), len(transfer.ridges), device, remedy, taken)
 
 
 def target_correct(model: PiNet, recipe: Recipe, dataset: TransferData, ridge: float) -> Tensor:
