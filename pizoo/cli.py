@@ -379,8 +379,8 @@ def verify(
         rows.append(row)
     columns = ("entry", "checkpoint", "recorded", "measured", "mean", "published", "our training", "time")
     _print_table(columns, rows)
-    if images is not None:
-        out.print(f"of the first {images} test images, as recorded and as measured")
+    for check in dict.fromkeys(report.check for report in reports if report.check.startswith("first")):
+        out.print(f"of the {check}, as recorded and as measured")
     for report in reports:
         if report.half_width is not None:
             told = f"measured on {report.check}, ± the 95 % interval; mean over seeds of all recorded tasks"

@@ -166,6 +166,7 @@ def test_verify_says_what_it_measured_on_fewer_images(pizoo_command):
     shown = pizoo_command("verify", "digits_mu", "digits_ntk", "--images", 20)
     assert shown.code == 0 and "of the first 20 test images" in shown.out
     assert pizoo_command("verify", "digits_mu", "--images", 20, "--quick").code == 2
+    assert "of the first 449 test images" in pizoo_command("verify", "digits_mu", "--images", 100_000).out
 
 
 def test_train_goes_on_after_an_interruption_as_it_says(pizoo_command, tmp_path, monkeypatch):
