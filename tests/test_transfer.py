@@ -24,6 +24,7 @@ from pizoo.recipes import load_recipe
 from pizoo.training import supervised
 from pizoo.training.reproduce import reproduce
 from pizoo.training.seeds import run_seeds
+from pizoo.training.transfer import measure_shipped
 
 F64 = torch.float64
 SETTINGS = (
@@ -275,6 +276,41 @@ def test_without_a_gpu_verify_measures_the_smaller_problem_that_is_recorded(card
     assert found["accuracy"] == pytest.approx(
         results["verification"]["accuracy"], abs=1.01
     )  # float32: an image at most
+
+
+def test_few_training_images_with_many_test_images_are_compared_with_the_smaller_problem_too(
+    card, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(transfer, "VERIFIED_TRAIN", 5000)
+    shutil.copytree(card, tmp_path / "card")
+    path, recipe = tmp_path / "card" / checkpoint.RESULTS, small("digits_finpi")
+    results, right, of_small = measure_shipped(
+        tmp_path / "card", recipe, recipe.load_data(), checkpoint.read_json(path), torch.device("cpu")
+    )
+    assert results["verification"]["training_images"] == results["transfer"]["training_images"]
+    assert results["verification"]["accuracy"] != pytest.approx(results["transfer"]["accuracy"], abs=0.05)
+    correct = checkpoint.read_tensors(tmp_path / "card" / checkpoint.CORRECT)
+    correct |= {checkpoint.SHIPPED: right, checkpoint.VERIFIED: of_small}
+    results["correct_sha256"] = checkpoint.write_tensors(tmp_path / "card" / checkpoint.CORRECT, correct)
+    checkpoint.write_json(path, results)
+    report = pizoo.verify(tmp_path / "card", device="cpu")
+    assert (report.status, report.differing) == ("verified", 0), report.reason
+    assert report.check.startswith("100 test images") and report.measured == percent(of_small)
+
+
+def test_the_ridge_that_training_chose_is_found_on_the_hub_too(card, scene):
+    chosen = checkpoint.read_json(card / checkpoint.RESULTS)["transfer"]["ridge"]
+    assert chosen != small("digits_finpi").transfer.ridge
+    pizoo.publish(card, "me/card")
+    assert pizoo.evaluate("hf-hub:me/card", device="cpu")["ridge"] == chosen
+
+
+def test_without_a_record_of_the_choice_the_published_ridge_is_taken(card, tmp_path):
+    shutil.copytree(card, tmp_path / "card")
+    results = checkpoint.read_json(card / checkpoint.RESULTS)
+    del results["transfer"]
+    checkpoint.write_json(tmp_path / "card" / checkpoint.RESULTS, results)
+    assert pizoo.evaluate(tmp_path / "card", device="cpu")["ridge"] == small("digits_finpi").transfer.ridge
 
 
 def test_the_full_problem_is_what_the_headline_is_of(card):

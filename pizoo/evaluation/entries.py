@@ -70,7 +70,7 @@ def evaluate(
         raise ValueError(f"tasks is {tasks}; this net does not learn from tasks, and is measured on its test images")
     if transfer := model.config["recipe"].get("transfer"):
         dataset = dataset or zoo.dataset({"recipe": transfer}, data_dir)
-        ridge = _chosen_ridge(model_or_entry, transfer) if ridge is None else ridge
+        ridge = _chosen_ridge(model_or_entry, epoch, transfer) if ridge is None else ridge
         with explained(_ran_out):
             split, right = measure_transfer(model, dataset, zoo.preprocessing({"recipe": transfer}), ridge)
         found = described(split, right)
@@ -93,12 +93,13 @@ def evaluate(
     }
 
 
-def _chosen_ridge(model_or_entry: nn.Module | str | os.PathLike, transfer: dict[str, Any]) -> float:
+def _chosen_ridge(model_or_entry: nn.Module | str | os.PathLike, epoch: int | None, transfer: dict[str, Any]) -> float:
     """The ridge that an entry's training chose, where there is a record of that; else the published one."""
     if isinstance(model_or_entry, nn.Module):
         return transfer["ridge"]
-    results = zoo.folder_of(model_or_entry) / checkpoint.RESULTS
-    return checkpoint.read_json(results)["transfer"]["ridge"] if results.exists() else transfer["ridge"]
+    results = zoo.locate(model_or_entry, epoch=epoch, records=True) / checkpoint.RESULTS
+    recorded = checkpoint.read_json(results) if results.exists() else {}
+    return recorded.get("transfer", transfer)["ridge"]
 
 
 def _ran_out(reported: str) -> str:
