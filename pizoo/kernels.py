@@ -25,6 +25,7 @@ BLOCKS_AT_ONCE = 12
 EIGEN_FROM = 20  # ridges: an eigendecomposition, which serves all, takes as long as so many Cholesky decompositions
 FACTORED = 2  # matrices at a time: a kernel and its factor
 DECOMPOSED = 4  # the kernel, its eigenvectors, and twice that to find them
+TOLERANCE = 1e-6  # of iterative solutions: their residual, relative to the targets
 LANDMARKS = 2000  # of the preconditioner
 JITTER = 1e-9  # of the kernel between landmarks, relative to its diagonal: some may coincide
 
@@ -134,12 +135,18 @@ def check_ridges(ridges: Sequence[float]) -> None:
             raise ValueError(f"ridge is {ridge}; it must be positive")
 
 
+def check_tolerance(tolerance: float) -> None:
+    """Raise ValueError unless a relative residual is positive and finite."""
+    if not 0 < tolerance < math.inf:
+        raise ValueError(f"tolerance is {tolerance}; it must be positive and finite")
+
+
 def solve_iteratively(
     function: KernelFunction,
     x: Tensor,
     targets: Tensor,
     ridge: float,
-    tolerance: float = 1e-6,
+    tolerance: float = TOLERANCE,
     iterations: int = 1000,
     landmarks: int = LANDMARKS,
 ) -> tuple[Tensor, int]:
@@ -159,9 +166,10 @@ def solve_iteratively(
         [n, k] in float64, and how many iterations it took.
 
     Raises:
-        ValueError: a ridge not positive, no convergence within ``iterations``.
+        ValueError: a ridge or tolerance not positive, no convergence within ``iterations``.
     """
     check_ridges([ridge])
+    check_tolerance(tolerance)
     x, targets = x.double(), targets.double()
     precondition = _nystrom(function, x, ridge, min(landmarks, len(x)))
 
