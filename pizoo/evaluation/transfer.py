@@ -73,6 +73,14 @@ def transfer_correct(
     return [correct(part.cpu(), found.test_y.cpu()) for part in scores.split(found.classes, 1)]
 
 
+def regressed(
+    model: PiNet, target: Dataset, normalize: Normalize, ridge: float, dtype: torch.dtype | None = None
+) -> tuple[Dataset, Tensor]:
+    """A data set's features (:func:`featured`), and which test images regression on them classifies correctly: bool [n]."""
+    found = featured(model, target, normalize, dtype)
+    return found, transfer_correct(model.feature_kernel, found, [ridge])[0]
+
+
 def validation_accuracies(
     kernel: KernelFunction, found: Dataset, ridges: Sequence[float], size: float, tolerance: float | None = None
 ) -> list[float]:
@@ -109,8 +117,7 @@ def measure_transfer(
     """
     if not measures_all(len(target.train_y), next(model.parameters()).device):
         target = verification_split(target)
-    found = featured(model, target, normalize, dtype)
-    return found, transfer_correct(model.feature_kernel, found, [ridge])[0]
+    return regressed(model, target, normalize, ridge, dtype)
 
 
 def described(split: Dataset, right: Tensor) -> dict[str, Any]:

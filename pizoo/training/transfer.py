@@ -24,6 +24,7 @@ from pizoo.evaluation.transfer import (
     described,
     featured,
     quick_split,
+    regressed,
     transfer_correct,
     validation_accuracies,
     verification_split,
@@ -70,10 +71,7 @@ class TransferTraining(Training):
 
     def _quick_accuracy(self) -> float:
         """Accuracy in percent on held-out training images of three classes, of features of these classes alone."""
-        features = featured(
-            self.model, quick_split(self.target, self.transfer.validation), self.transfer.data.normalize
-        )
-        return percent(transfer_correct(self.model.feature_kernel, features, [self.transfer.ridge])[0])
+        return percent(regressed(self.model, self.quick, self.transfer.data.normalize, self.transfer.ridge)[1])
 
     def _transfer(self, epoch: int) -> dict[str, Any]:
         """Accuracy in percent with each ridge on held-out training images; at the published setting on the test images."""
@@ -96,7 +94,7 @@ class TransferTraining(Training):
                 record["transfer"]["ridges"], record["transfer"]["validation_accuracies"], strict=True
             )
         ]
-        return max(tried, key=lambda one: one[0], default=None)
+        return max(tried, key=lambda one: (one[0], -one[1], -one[2]), default=None)
 
     def _best_epoch(self) -> int | None:
         choice = self._choice()
@@ -107,20 +105,19 @@ class TransferTraining(Training):
 
     def _results(self) -> dict[str, Any]:
         accuracy, epoch, ridge = self._choice()
-        features = featured(self.model, self.target, self.transfer.data.normalize)
-        right = transfer_correct(self.model.feature_kernel, features, [ridge])[0]
+        features, self.correct = regressed(self.model, self.target, self.transfer.data.normalize, ridge)
         source = super()._results()
         printed = next((r for r in self.history if "at_published_setting" in r.get("transfer", {})), None)
         return {
             **source,
             "data": {**source["data"], "name": self.target.name, "subset": self.transfer.data.subset},
-            "accuracy": percent(right),
+            "accuracy": percent(self.correct),
             "best_epoch": {"epoch": epoch, "accuracy": accuracy, "note": f"on held-out images of {self.target.name}"},
             "transfer": {
                 "ridge": ridge,
                 "epoch": epoch,
                 "validation_accuracy": accuracy,
-                **described(features, right),
+                **described(features, self.correct),
                 "published_setting": {
                     "epoch": self.transfer.epoch,
                     "ridge": self.transfer.ridge,
@@ -141,8 +138,7 @@ def check_measuring(transfer: Transfer, count: int, device: torch.device, taken:
 
 def target_correct(model: PiNet, recipe: Recipe, dataset: TransferData, ridge: float) -> Tensor:
     """Which test images of the target are classified correctly by ridge regression on all of its training images: bool [n]."""
-    features = featured(model, dataset.target, recipe.transfer.data.normalize)
-    return transfer_correct(model.feature_kernel, features, [ridge])[0]
+    return regressed(model, dataset.target, recipe.transfer.data.normalize, ridge)[1]
 
 
 def ship(outcome: TrainResult, card: Path, dataset: TransferData) -> tuple[dict[str, Any], Tensor, Tensor]:
@@ -178,9 +174,9 @@ def measure_shipped(
     """
     exact, ridge = torch.float64, results["transfer"]["ridge"]
     net, _ = checkpoint.load(card, device=device, dtype=exact)
-    features = featured(net, dataset.target, recipe.transfer.data.normalize, exact)
+    features, right = regressed(net, dataset.target, recipe.transfer.data.normalize, ridge, exact)
     small = verification_split(features)
-    right, right_of_small = (transfer_correct(net.feature_kernel, part, [ridge])[0] for part in (features, small))
+    right_of_small = transfer_correct(net.feature_kernel, small, [ridge])[0]
     recorded = {**results, "verification": described(small, right_of_small)}
     recorded["transfer"] = {**results["transfer"], **described(features, right)}
     return recorded, right, right_of_small
