@@ -77,6 +77,10 @@ class CheckpointError(RuntimeError):
     """A checkpoint that cannot be loaded or saved; the message names the file and what is wrong with it."""
 
 
+class NewerFormatError(CheckpointError):
+    """A checkpoint that a later version of pizoo wrote."""
+
+
 # ---------------------------------------------------------------------------------------------------- files
 
 
@@ -323,7 +327,8 @@ def read_config(folder: Path) -> dict[str, Any]:
     """``config.json`` of a checkpoint.
 
     Raises:
-        CheckpointError: none there, damaged, or of another version of the format.
+        NewerFormatError: of a later version of the format.
+        CheckpointError: none there, damaged, or of no version of the format.
     """
     config, path = read_json(folder / CONFIG), folder / CONFIG
     found = config.get("pizoo") if isinstance(config, dict) else None
@@ -344,7 +349,9 @@ def _check_format(path: Path, found: Any, *keys: str) -> None:
     """Raise CheckpointError unless ``found``, read from ``path``, is of this format and has the keys."""
     version = found.get("format") if isinstance(found, dict) else None
     if version != FORMAT:
-        raise CheckpointError(f"{path} has format {version!r}; this version of pizoo reads format {FORMAT}")
+        newer = isinstance(version, int) and version > FORMAT
+        kind, remedy = (NewerFormatError, ": a later one wrote it") if newer else (CheckpointError, "")
+        raise kind(f"{path} has format {version!r}; this version of pizoo reads format {FORMAT}{remedy}")
     if missing := [key for key in keys if key not in found]:
         raise CheckpointError(f"{path} has no {missing[0]!r}: it is damaged")
 

@@ -29,6 +29,10 @@ err = Console(stderr=True)
 if not out.is_terminal:
     out = Console(width=120)  # logs and pipes have no width of their own
 
+Entry = Annotated[
+    str,
+    typer.Argument(help="An entry's name, the folder of a checkpoint, or where one is on the Hub: hf-hub:OWNER/NAME."),
+]
 Data = Annotated[
     Path | None, typer.Option("--data", help="Folder of data sets ($PIZOO_DATA, else ~/.cache/pizoo/data).")
 ]
@@ -153,15 +157,18 @@ def _print_plan(recipe: Any, data: Path | None, device: str | None, rows_on: str
     from pizoo.cards import duration
     from pizoo.data import training_images
     from pizoo.evaluation.accuracy import choose_device
-    from pizoo.kernels import kernel_bytes
+    from pizoo.kernels import FACTORED, kernel_bytes
+    from pizoo.memory import HEADROOM
     from pizoo.training.finetune import initial_rows, source_net
     from pizoo.training.plan import plan, samples_per_epoch
+    from pizoo.training.transfer import check_measuring
 
     if recipe.train is None:
         raise ValueError(f"{recipe.entry} is a kernel, which is not trained: there is no training to plan")
     samples = samples_per_epoch(recipe) if recipe.tasks else _training_images(recipe, data)
     first = initial_rows(source_net(recipe))
-    planned = plan(recipe, samples, choose_device(device), estimate_time=True, rows_on=rows_on, first=first)
+    place = choose_device(device)
+    planned = plan(recipe, samples, place, estimate_time=True, rows_on=rows_on, first=first)
     row = (
         recipe.entry,
         f"{planned.steps:,}",
@@ -179,10 +186,12 @@ def _print_plan(recipe: Any, data: Path | None, device: str | None, rows_on: str
         target = recipe.transfer.data
         known = training_images(target.name) if target.path is None and target.keep is None else None
         count = target.subset or known or len(target.load(data).train_y)
-        size = kernel_bytes(count, count, 8, choose_device(device), copies=2) / 2**30
+        size = kernel_bytes(count, count, 8, place, FACTORED) / 2**30
         told = f"measuring transfer takes {size:.1f} GiB beside: a kernel of {count:,} images of {target.name} and its factor"
         out.print(told, markup=False, soft_wrap=True)
     planned.check(recipe.entry)
+    if recipe.transfer:
+        check_measuring(recipe.transfer, count, place, planned.needed - HEADROOM)
 
 
 def _training_images(recipe: Any, data: Path | None) -> int:
@@ -219,7 +228,7 @@ def _plus_minus(half_width: float | None) -> str:
 
 @app.command()
 def evaluate(
-    entry: Annotated[str, typer.Argument(help="An entry's name, or the folder of a checkpoint.")],
+    entry: Entry,
     data: Data = None,
     device: Device = None,
     epoch: Annotated[
@@ -251,10 +260,13 @@ def evaluate(
 
 @app.command()
 def kernel(
-    entry: Annotated[str, typer.Argument(help="An entry's name, or the folder of a checkpoint.")],
+    entry: Entry,
     on: Annotated[
         str | None,
-        typer.Option(help="Data set: a name, an .npz or a folder of images (what the entry's number is on)."),
+        typer.Option(
+            help="Data set: a name, an .npz or a folder of images (what the entry's number is on). Its pixels are normalised "
+            "by the mean and spread of its training images, which on an entry's own data set is not quite what its recipe does."
+        ),
     ] = None,
     out_file: Annotated[
         Path | None,
@@ -269,20 +281,27 @@ def kernel(
         bool,
         typer.Option(help="Solve by preconditioned conjugate gradients: for a kernel that does not fit in memory."),
     ] = False,
-    tolerance: Annotated[float, typer.Option(help="Relative residual, with --iterative.")] = 1e-6,
+    tolerance: Annotated[float | None, typer.Option(help="Relative residual, with --iterative (1e-6).")] = None,
     data: Data = None,
     device: Device = None,
     epoch: Annotated[int | None, typer.Option(help="Epoch of a training checkpoint.")] = None,
     rows_on: RowsOn = "auto",
 ) -> None:
     """The kernel of a net's features on a data set: to a file, or straight into ridge regression."""
-    from pizoo.evaluation.kernel import EntryFeatures
-    from pizoo.kernels import check_ridges
+    from pizoo.evaluation.kernel import EntryFeatures, check_out
+    from pizoo.kernels import TOLERANCE, check_ridges, check_tolerance
 
     if out_file is None and not ridge:
         raise ValueError("give --out FILE.npy, --ridge 1e-4, or both: there is nothing else to do with a kernel")
     check_ridges(ridge or [1.0])
-    found = EntryFeatures(entry, on, subset, data_dir=data, device=device, epoch=epoch, rows_on=rows_on)
+    if tolerance is not None:
+        check_tolerance(tolerance)
+        if not iterative:
+            raise ValueError(f"tolerance is {tolerance}; it is one of iterative solutions: give --iterative with it")
+    if out_file is not None:
+        check_out(out_file)
+    options = {"data_dir": data, "device": device, "epoch": epoch, "rows_on": rows_on}
+    found = EntryFeatures(entry, on, subset, tested=bool(ridge), **options)
     if out_file is not None:
         rows, columns = found.save(out_file)
         parts = f"{len(found.features.train_y):,} training images"
@@ -290,7 +309,7 @@ def kernel(
             parts += f", then {len(found.features.test_y):,} test images"
         out.print(f"wrote {out_file}: {rows:,} x {columns:,}, {parts}", markup=False, soft_wrap=True)
     if ridge:
-        result = found.regress(ridge, tolerance if iterative else None)
+        result = found.regress(ridge, (tolerance or TOLERANCE) if iterative else None)
         row = (
             entry,
             found.features.name,
@@ -308,7 +327,7 @@ def kernel(
 
 @app.command()
 def predict(
-    entry: Annotated[str, typer.Argument(help="An entry's name, or the folder of a checkpoint.")],
+    entry: Entry,
     images: Annotated[list[Path], typer.Argument(help="Image files.", exists=True, dir_okay=False)],
     device: Device = None,
     top: Annotated[int, typer.Option(min=1, help="Classes to show per image.")] = 3,
@@ -321,7 +340,7 @@ def predict(
         (str(image), *(escape(f"{name} {score:.3g}") for name, score in ranked))
         for image, ranked in zip(images, classify(entry, images, device=device, top=top, rows_on=rows_on), strict=True)
     ]
-    _print_table(("image", *(f"{i + 1}." for i in range(top))), rows)
+    _print_table(("image", *(f"{i + 1}." for i in range(top))), rows, caption=None)
 
 
 @app.command()
@@ -374,8 +393,8 @@ def verify(
         rows.append(row)
     columns = ("entry", "checkpoint", "recorded", "measured", "mean", "published", "our training", "time")
     _print_table(columns, rows)
-    if images is not None:
-        out.print(f"of the first {images} test images, as recorded and as measured")
+    for check in dict.fromkeys(report.check for report in reports if report.check.startswith("first")):
+        out.print(f"of the {check}, as recorded and as measured")
     for report in reports:
         if report.half_width is not None:
             told = f"measured on {report.check}, ± the 95 % interval; mean over seeds of all recorded tasks"

@@ -133,7 +133,7 @@ def compare(
     """Measure a converted net where its data are, beside what its entry records (mean over seeds) and the paper published."""
     config, results = checkpoint.read_config(Path(folder)), zoo.folder_of(entry) / checkpoint.RESULTS
     recorded = checkpoint.read_json(results) if results.exists() else {}
-    published = (config["recipe"].get("published") or {}).get("accuracy")
+    published = (zoo.recipe_of(config, entry).get("published") or {}).get("accuracy")
     measured, reason = None, ""
     try:
         measured = evaluate(folder, data_dir=data_dir, device=device)["accuracy"]

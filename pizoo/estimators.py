@@ -32,9 +32,10 @@ class _OfNet(TransformerMixin, BaseEstimator):
         self.net = net
 
     def _inputs(self, x) -> Tensor:
-        """Arrays [n, d] or [n, C, H, W] as a tensor; the net is loaded when first asked for."""
-        if not hasattr(self, "net_"):
-            self.net_ = self.net if isinstance(self.net, PiNet) else zoo.load(self.net)
+        """Arrays [n, d] or [n, C, H, W] as a tensor; a net is loaded when first asked for."""
+        if not hasattr(self, "net_") or self.loaded_ is not self.net:
+            self.net_, self.loaded_ = self.net if isinstance(self.net, PiNet) else zoo.load(self.net), self.net
+            vars(self).pop("features_", None)  # of another net
         x, d = torch.as_tensor(np.asarray(x)), self.net_.d_in
         if x.ndim < 2 or math.prod(x.shape[1:]) != d:
             raise ValueError(f"X has shape {list(x.shape)}; it must be [n, {d}], or images of so many pixels")
@@ -42,8 +43,9 @@ class _OfNet(TransformerMixin, BaseEstimator):
 
     def _features(self, x) -> Tensor:
         """Arrays [n, d] or [n, C, H, W] -> features in float64 [n, num_features]."""
-        x, config = self._inputs(x), getattr(self.net_, "config", None)
-        if config is None:
+        x = self._inputs(x)
+        config = getattr(self.net_, "config", {})
+        if "recipe" not in config:
             return features(self.net_, x, dtype=torch.float64, normalize=Tensor.to)
         x = x.reshape(len(x), *config["recipe"]["data"]["input_size"])
         return features(self.net_, x, dtype=torch.float64, normalize=zoo.preprocessing(config))
@@ -76,7 +78,7 @@ class FeatureKernel(_OfNet):
 
     Args:
         net: an entry's name, a checkpoint's folder, or a net. Of what :func:`pizoo.load` gives, inputs are raw pixels,
-            normalised as its recipe says; of any other net they are taken as they are.
+            normalised as its recipe says; of any other net, and of one without a recipe, they are taken as they are.
     """
 
     def __call__(self, X, Y=None) -> np.ndarray:
@@ -96,8 +98,9 @@ class FeatureKernel(_OfNet):
 
     def transform(self, X) -> np.ndarray:
         """Inputs [n, ...] -> their kernel with the training inputs [n, n_train]."""
+        x = self._features(X)
         check_is_fitted(self, "features_")
-        return self._kernel(self._features(X), self.features_)
+        return self._kernel(x, self.features_)
 
     def _kernel(self, x: Tensor, y: Tensor) -> np.ndarray:
         kernels.check_memory(len(x), len(y), x.element_size(), x.device)

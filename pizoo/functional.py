@@ -208,4 +208,6 @@ def solve_ridge(kernel: Tensor, targets: Tensor, ridge: float) -> Tensor:
         kernel.diagonal().copy_(diagonal)
     if info.item():
         raise ValueError(f"kernel + {ridge} I is not positive definite (minor {info.item()}); it needs a larger ridge")
-    return torch.cholesky_solve(targets.double(), factor)
+    # torch.cholesky_solve would copy the factor: a third matrix.
+    half = torch.linalg.solve_triangular(factor, targets.double(), upper=False)
+    return torch.linalg.solve_triangular(factor.mT, half, upper=True)

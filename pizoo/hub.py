@@ -26,7 +26,7 @@ from huggingface_hub.errors import (
 )
 
 from pizoo import checkpoint
-from pizoo.checkpoint import CheckpointError
+from pizoo.checkpoint import CheckpointError, NewerFormatError
 
 PREFIX = "hf-hub:"  # timm's word
 NAMESPACE = "PIZOO_HUB"  # environment variable: whose repositories hold the zoo's entries
@@ -108,6 +108,7 @@ def fetch(
     Raises:
         HubError: no such repository, revision or file, not allowed, not reachable and not in the cache, damaged on the way.
             A damaged file is taken out of the cache, so that another try fetches it again.
+        NewerFormatError: a checkpoint that a later version of pizoo wrote; it stays in the cache.
         CheckpointError: no such epoch.
         TypeError: other options.
     """
@@ -179,6 +180,8 @@ def _discarding(path: Path) -> Iterator[None]:
     """Take a file that turns out damaged out of the cache: it would be found there by every other try."""
     try:
         yield
+    except NewerFormatError:  # not damaged
+        raise
     except CheckpointError as error:
         path.resolve().unlink(missing_ok=True)
         path.unlink(missing_ok=True)

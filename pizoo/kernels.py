@@ -23,6 +23,9 @@ BLOCK_ENTRIES = {"cpu": 2**19, "cuda": 2**25}
 BLOCK_ROWS = 1024
 BLOCKS_AT_ONCE = 12
 EIGEN_FROM = 20  # ridges: an eigendecomposition, which serves all, takes as long as so many Cholesky decompositions
+FACTORED = 2  # matrices at a time: a kernel and its factor
+DECOMPOSED = 4  # the kernel, its eigenvectors, and twice that to find them
+TOLERANCE = 1e-6  # of iterative solutions: their residual, relative to the targets
 LANDMARKS = 2000  # of the preconditioner
 JITTER = 1e-9  # of the kernel between landmarks, relative to its diagonal: some may coincide
 
@@ -61,20 +64,30 @@ def kernel_bytes(n: int, m: int, itemsize: int, device: torch.device, copies: in
     return itemsize * (copies * n * m + BLOCKS_AT_ONCE * min(n * m, _block_entries(device)))
 
 
-def check_memory(n: int, m: int, itemsize: int, device: torch.device, copies: int = 1, remedy: str = "") -> None:
+def check_memory(
+    n: int, m: int, itemsize: int, device: torch.device, copies: int = 1, remedy: str = "", taken: int = 0
+) -> None:
     """Raise NotEnoughMemory, with the size, unless ``copies`` kernels between n and m inputs fit.
 
     Args:
+        copies: 1, or what a regression takes: :data:`FACTORED`, :data:`DECOMPOSED`.
         remedy: what else could be done, for the message.
+        taken: bytes of what is free now that something else will have by then.
     """
-    needed, free = kernel_bytes(n, m, itemsize, device, copies), free_memory(device)
+    needed, free = kernel_bytes(n, m, itemsize, device, copies), max(0, free_memory(device) - taken)
     if needed > free:
-        fitting = math.isqrt(max(0, free - kernel_bytes(0, 0, itemsize, device)) // (copies * itemsize))
-        factor = ", and its factor beside it," if copies > 1 else ""
+        fitting = _fitting(free // itemsize, device, copies)
+        beside = {1: "", FACTORED: ", and its factor beside it,", DECOMPOSED: ", and its eigendecomposition,"}[copies]
         raise NotEnoughMemory(
-            f"the kernel between {n:,} and {m:,} inputs{factor} takes {needed / 2**30:.1f} GiB in float{8 * itemsize}; "
+            f"the kernel between {n:,} and {m:,} inputs{beside} takes {needed / 2**30:.1f} GiB in float{8 * itemsize}; "
             f"{free / 2**30:.1f} GiB are free on {device}. One between {fitting:,} would fit{remedy}"
         )
+
+
+def _fitting(entries: int, device: torch.device, copies: int) -> int:
+    """Between how many inputs a kernel is whose ``copies``, and the blocks they are made of, hold so many numbers at most."""
+    beside_blocks = entries - BLOCKS_AT_ONCE * _block_entries(device)  # where the kernel is larger than a block
+    return math.isqrt(max(beside_blocks // copies, entries // (copies + BLOCKS_AT_ONCE)))
 
 
 # ---------------------------------------------------------------------------------------------------- regression
@@ -108,6 +121,11 @@ def solve_ridges(kernel: Tensor, targets: Tensor, ridges: Sequence[float]) -> li
     return [vectors @ (rotated / (values + ridge)[:, None]) for ridge in ridges]
 
 
+def check_solving(n: int, ridges: int, device: torch.device, remedy: str = "", taken: int = 0) -> None:
+    """Raise NotEnoughMemory unless :func:`solve_ridges` fits on a kernel between n inputs with so many ridges."""
+    check_memory(n, n, 8, device, FACTORED if ridges < EIGEN_FROM else DECOMPOSED, remedy, taken)
+
+
 def check_ridges(ridges: Sequence[float]) -> None:
     """Raise ValueError unless there are ridges, all of them positive and finite."""
     if not ridges:
@@ -117,12 +135,18 @@ def check_ridges(ridges: Sequence[float]) -> None:
             raise ValueError(f"ridge is {ridge}; it must be positive")
 
 
+def check_tolerance(tolerance: float) -> None:
+    """Raise ValueError unless a relative residual is positive and finite."""
+    if not 0 < tolerance < math.inf:
+        raise ValueError(f"tolerance is {tolerance}; it must be positive and finite")
+
+
 def solve_iteratively(
     function: KernelFunction,
     x: Tensor,
     targets: Tensor,
     ridge: float,
-    tolerance: float = 1e-6,
+    tolerance: float = TOLERANCE,
     iterations: int = 1000,
     landmarks: int = LANDMARKS,
 ) -> tuple[Tensor, int]:
@@ -142,9 +166,10 @@ def solve_iteratively(
         [n, k] in float64, and how many iterations it took.
 
     Raises:
-        ValueError: a ridge not positive, no convergence within ``iterations``.
+        ValueError: a ridge or tolerance not positive, no convergence within ``iterations``.
     """
     check_ridges([ridge])
+    check_tolerance(tolerance)
     x, targets = x.double(), targets.double()
     precondition = _nystrom(function, x, ridge, min(landmarks, len(x)))
 

@@ -227,16 +227,34 @@ def _none_exist(entry: str) -> str:
     )
 
 
+def recipe_of(config: dict[str, Any], entry: Any = None) -> dict[str, Any]:
+    """The recipe in a net's ``config.json``.
+
+    Args:
+        entry: whose it is, for the message.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    if "recipe" not in config:
+        named = "this checkpoint" if entry is None or isinstance(entry, nn.Module) else entry
+        raise CheckpointError(
+            f"{named} records no data and no preprocessing: save_pretrained or push_to_hub wrote it, of a net without a "
+            "recipe. The net itself loads with pizoo.load, and takes inputs as they are"
+        )
+    return config["recipe"]
+
+
 def preprocessing(config: dict[str, Any]) -> Normalize:
-    """What turns raw inputs into the net's, as its ``config.json`` says."""
-    data = config["recipe"]["data"]
+    """What turns raw inputs into the net's, as its ``config.json`` says; CheckpointError if it does not."""
+    data = recipe_of(config)["data"]
     as_tuple = {key: None if data[key] is None else tuple(data[key]) for key in ("mean", "std")}
     return Normalize(data["scale"], **as_tuple)
 
 
 def dataset(config: dict[str, Any], data_dir: str | os.PathLike | None = None):
-    """The :class:`pizoo.data.Dataset` that a net's ``config.json`` says it was trained on."""
-    data = config["recipe"]["data"]
+    """The :class:`pizoo.data.Dataset` that a net's ``config.json`` says it was trained on; CheckpointError if it does not."""
+    data = recipe_of(config)["data"]
     return load_dataset(
         data["name"],
         data_dir=data_dir,

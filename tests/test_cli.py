@@ -19,7 +19,11 @@ from rich.console import Console
 
 import pizoo
 from pizoo import checkpoint, cli, functional, zoo
+from pizoo.checkpoint import CheckpointError
 from pizoo.data import load_dataset
+from pizoo.models import InfPiMLP
+from pizoo.recipes import Compact
+from pizoo.training.compact import compact_checkpoint
 
 README = Path(__file__).parent.parent / "README.md"
 TINY = ("--set", "data.subset=200", "--set", "train.epochs=2")
@@ -166,6 +170,7 @@ def test_verify_says_what_it_measured_on_fewer_images(pizoo_command):
     shown = pizoo_command("verify", "digits_mu", "digits_ntk", "--images", 20)
     assert shown.code == 0 and "of the first 20 test images" in shown.out
     assert pizoo_command("verify", "digits_mu", "--images", 20, "--quick").code == 2
+    assert "of the first 449 test images" in pizoo_command("verify", "digits_mu", "--images", 100_000).out
 
 
 def test_train_goes_on_after_an_interruption_as_it_says(pizoo_command, tmp_path, monkeypatch):
@@ -558,6 +563,10 @@ def test_a_kernel_goes_to_a_file_or_into_a_regression(pizoo_command, tmp_path):
         (["digits_infpi"], "give --out FILE.npy, --ridge 1e-4, or both"),
         (["digits_infpi", "--ridge", "0"], "ridge is 0.0; it must be positive"),
         (["digits_infpi", "--out", "K.txt"], "out is 'K.txt'; it must end in .npy"),
+        (["nowhere", "--out", "K.txt"], "out is 'K.txt'; it must end in .npy"),  # before anything is loaded
+        (["nowhere", "--ridge", "1", "--tolerance", "1e-3"], "tolerance is 0.001; it is one of iterative solutions"),
+        (["nowhere", "--ridge", "1", "--iterative", "--tolerance", "0"], "tolerance is 0.0; it must be positive"),
+        (["nowhere", "--ridge", "1", "--iterative", "--tolerance", "inf"], "tolerance is inf; it must be positive"),
         (["digits_nngp", "--ridge", "1"], "model is a NNGPRegressor; the feature kernel is of an InfPiMLP"),
         (["digits_infpi", "--ridge", "1", "--on", "nowhere"], "'nowhere' is neither a data set (cifar10, digits"),
         (["digits_infpi", "--ridge", "1", "--subset", "9999"], "subset is 9999; it must be 1 to 1348"),
@@ -567,3 +576,34 @@ def test_a_kernel_goes_to_a_file_or_into_a_regression(pizoo_command, tmp_path):
 def test_a_kernel_that_cannot_be_made_is_refused(pizoo_command, arguments, message):
     found = pizoo_command("kernel", *arguments)
     assert found.code in (1, 2) and message in found.err.replace("\n", " ")
+
+
+def test_a_regression_without_test_images_is_refused_before_features_are_computed(pizoo_command, tmp_path, monkeypatch):
+    digits = load_dataset("digits")
+    own = {"train_images": digits.train_x[:, 0].numpy(), "train_labels": digits.train_y.numpy()}
+    np.savez(tmp_path / "own.npz", **own)
+    command = ("kernel", "digits_mu", "--on", tmp_path / "own.npz", "--out", tmp_path / "K.npy")
+    with monkeypatch.context() as patch:
+        patch.setattr("pizoo.evaluation.kernel.featured", lambda *args: pytest.fail("computed features"))
+        refused = pizoo_command(*command, "--ridge", "1")
+    assert refused.code == 2 and "'own' has no test part" in refused.err
+    assert pizoo_command(*command).code == 0 and (tmp_path / "K.npy").exists()
+
+
+def test_what_needs_data_says_that_a_net_saved_without_a_recipe_records_none(pizoo_command, tmp_path):
+    model, image = InfPiMLP(64, 10, r=4), digit_file(tmp_path / "image.png", 0)[0]
+    model.save_pretrained(tmp_path / "mine")
+    commands = [("evaluate",), ("kernel", "--ridge", 1), ("kernel", "--ridge", 1, "--on", "digits"), ("predict", image)]
+    for command, *more in commands:
+        found = pizoo_command(command, tmp_path / "mine", *more)
+        assert found.code == 1 and one_line(found.err)
+        assert f"{tmp_path / 'mine'} records no data and no preprocessing: save_pretrained" in found.err
+    with pytest.raises(CheckpointError, match="records no data and no preprocessing"):
+        pizoo.evaluate(pizoo.load(tmp_path / "mine"))
+    with pytest.raises(CheckpointError, match="records no data and no preprocessing"):
+        compact_checkpoint(tmp_path / "mine", tmp_path / "compact", Compact())
+
+
+def test_probabilities_are_not_called_accuracies(pizoo_command, tmp_path):
+    digit_file(tmp_path / "image.png", 0)
+    assert "accuracies" not in pizoo_command("predict", "digits_mu", tmp_path / "image.png").out

@@ -10,6 +10,7 @@ import pytest
 import torch
 from sklearn.base import clone
 from sklearn.datasets import load_digits
+from sklearn.exceptions import NotFittedError
 from sklearn.kernel_ridge import KernelRidge
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import GridSearchCV, cross_val_score
@@ -76,6 +77,26 @@ def test_a_net_of_ones_own_takes_inputs_as_they_are():
     torch.manual_seed(0)
     net, x = InfPiMLP(6, 2, r=4), torch.randn(5, 6)
     np.testing.assert_allclose(FeatureKernel(net)(x), pizoo.feature_kernel(net, x, dtype=torch.float64))
+
+
+def test_a_net_saved_without_a_recipe_takes_inputs_as_they_are_too(tmp_path):
+    torch.manual_seed(0)
+    net, x = InfPiMLP(6, 2, r=4), torch.randn(5, 6)
+    net.save_pretrained(tmp_path / "mine")
+    for source in (tmp_path / "mine", pizoo.load(tmp_path / "mine")):
+        np.testing.assert_allclose(FeatureKernel(source)(x), pizoo.feature_kernel(net, x, dtype=torch.float64))
+        assert PiFeatures(source).fit_transform(x).shape == (5, 4)
+
+
+def test_another_net_is_taken_where_another_is_set(digits):
+    x = digits[0][:50]
+    features, kernel = PiFeatures("digits_infpi").fit(x), FeatureKernel("digits_infpi").fit(x)
+    for estimator in (features, kernel):
+        estimator.set_params(net="digits_mu")
+    np.testing.assert_array_equal(features.transform(x), PiFeatures("digits_mu").transform(x))
+    with pytest.raises(NotFittedError):
+        kernel.transform(x)  # with features of the net before
+    np.testing.assert_array_equal(kernel.fit(x).transform(x), FeatureKernel("digits_mu")(x))
 
 
 def test_inputs_of_another_size_and_what_has_no_features_are_refused():

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import math
+import os
+import subprocess
+import sys
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from pizoo import functional
+from pizoo import functional, kernels
 from pizoo.functional import F00, F02, F11
 
 SEEDS = st.integers(0, 2**32 - 1)
@@ -209,6 +213,37 @@ def test_ridge_regression_solves_its_normal_equations() -> None:
         torch.testing.assert_close(kernel @ dual + ridge * dual, targets)
         assert torch.equal(kernel, before)
     assert functional.solve_ridge(kernel.float(), targets.float(), 0.1).dtype == torch.float64
+
+
+# In a process of its own: what this one has freed would hide what a solution takes.
+PEAK = """
+import torch
+from memory import forget_peak, peak
+from pizoo import functional, kernels
+
+torch.set_num_threads(1)
+small = torch.eye(100, dtype=torch.float64)
+kernels.solve_ridges(small, small, [1.0]), kernels.solve_ridges(small, small, [1.0] * kernels.EIGEN_FROM)  # what is loaded once
+x = torch.randn(1000, 20, dtype=torch.float64)
+targets = x[:, :2].clone()
+for ridges in 1, kernels.EIGEN_FROM:
+    kernel = functional.relu_kernel(x, x)
+    before = forget_peak()
+    kernels.solve_ridges(kernel, targets, [1.0] * ridges)
+    print(1 + (peak() - before) / kernel.nbytes)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux' count of memory")
+def test_a_regression_takes_as_many_matrices_as_are_checked_for() -> None:
+    tests = Path(__file__).parent
+    path = os.pathsep.join((str(tests), str(tests.parent)))
+    # What is freed goes back to the system, whatever its size.
+    environment = {**os.environ, "PYTHONPATH": path, "MALLOC_MMAP_THRESHOLD_": "65536"}
+    ran = subprocess.run([sys.executable, "-c", PEAK], env=environment, capture_output=True, text=True, check=True)
+    factored, decomposed = map(float, ran.stdout.split())
+    assert factored == pytest.approx(kernels.FACTORED, abs=0.2)
+    assert decomposed == pytest.approx(kernels.DECOMPOSED, abs=0.4)
 
 
 # ------------------------------------------------------------------ bad input

@@ -15,7 +15,7 @@ from loopback_hub import TOKEN
 
 import pizoo
 from pizoo import checkpoint, hub, zoo
-from pizoo.checkpoint import CheckpointError
+from pizoo.checkpoint import CheckpointError, NewerFormatError
 from pizoo.hub import Address, HubError
 from pizoo.models import FinPiMLP, InfPiMLP, MuMLP
 
@@ -201,6 +201,24 @@ def test_a_config_that_names_files_elsewhere_is_refused(scene):
     scene.hub.commit(REPO, "main", files | {"config.json": (astray, False)})
     with pytest.raises(HubError, match=r"names '\.\./model\.safetensors', which is no file beside it"):
         pizoo.load(ADDRESS)
+
+
+def with_format(content: bytes) -> bytes:
+    assert content.count(b'"format": 1') == 1
+    return content.replace(b'"format": 1', b'"format": 99')
+
+
+@pytest.mark.parametrize("name", [checkpoint.CONFIG, checkpoint.MANIFEST])
+def test_a_checkpoint_of_a_newer_format_is_refused_and_stays_in_the_cache(scene, name):
+    source = ENTRY if name == checkpoint.CONFIG else scene.training()
+    pizoo.publish(source, REPO)
+    files = scene.hub.files(REPO)
+    newer = scene.hub.put(with_format(scene.hub.content(files[name][0]).read_bytes()))
+    scene.hub.commit(REPO, "main", files | {name: (newer, False)})
+    with pytest.raises(NewerFormatError, match=r"has format 99; .* a later one wrote it"):
+        pizoo.load(ADDRESS)
+    (kept,) = scene.cache.glob(f"models--*/snapshots/*/{name}")
+    assert b'"format": 99' in kept.read_bytes()
 
 
 def test_a_manifest_that_names_files_elsewhere_is_refused(scene):

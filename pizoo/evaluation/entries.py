@@ -61,16 +61,17 @@ def evaluate(
         raise ValueError(
             "model was not loaded by pizoo.load: its data and preprocessing are unknown; call predict instead"
         )
-    if task_settings := model.config["recipe"].get("tasks"):
-        pools = dataset or load_tasks(model.config["recipe"]["data"]["name"], data_dir)
+    recipe = zoo.recipe_of(model.config, model_or_entry)
+    if task_settings := recipe.get("tasks"):
+        pools = dataset or load_tasks(recipe["data"]["name"], data_dir)
         with explained(_ran_out):
             found = measure_splits(model, pools, task_settings, tasks).recorded
-        return {**found, "data": model.config["recipe"]["data"]["name"], "seconds": time.perf_counter() - begin}
+        return {**found, "data": recipe["data"]["name"], "seconds": time.perf_counter() - begin}
     if tasks is not None:
         raise ValueError(f"tasks is {tasks}; this net does not learn from tasks, and is measured on its test images")
-    if transfer := model.config["recipe"].get("transfer"):
+    if transfer := recipe.get("transfer"):
         dataset = dataset or zoo.dataset({"recipe": transfer}, data_dir)
-        ridge = _chosen_ridge(model_or_entry, transfer) if ridge is None else ridge
+        ridge = _chosen_ridge(model_or_entry, epoch, transfer) if ridge is None else ridge
         with explained(_ran_out):
             split, right = measure_transfer(model, dataset, zoo.preprocessing({"recipe": transfer}), ridge)
         found = described(split, right)
@@ -93,12 +94,13 @@ def evaluate(
     }
 
 
-def _chosen_ridge(model_or_entry: nn.Module | str | os.PathLike, transfer: dict[str, Any]) -> float:
+def _chosen_ridge(model_or_entry: nn.Module | str | os.PathLike, epoch: int | None, transfer: dict[str, Any]) -> float:
     """The ridge that an entry's training chose, where there is a record of that; else the published one."""
     if isinstance(model_or_entry, nn.Module):
         return transfer["ridge"]
-    results = zoo.folder_of(model_or_entry) / checkpoint.RESULTS
-    return checkpoint.read_json(results)["transfer"]["ridge"] if results.exists() else transfer["ridge"]
+    results = zoo.locate(model_or_entry, epoch=epoch, records=True) / checkpoint.RESULTS
+    recorded = checkpoint.read_json(results) if results.exists() else {}
+    return recorded.get("transfer", transfer)["ridge"]
 
 
 def _ran_out(reported: str) -> str:
@@ -125,8 +127,9 @@ def classify(
         ValueError: a net that takes no images, a file that is none.
     """
     model = zoo.load(entry, device=None if device is None else choose_device(device), rows_on=rows_on)
-    data = model.config["recipe"]["data"]
-    if model.config["recipe"].get("tasks"):
+    recipe = zoo.recipe_of(model.config, entry)
+    data = recipe["data"]
+    if recipe.get("tasks"):
         raise ValueError(
             f"{entry} has no classes of its own: adapt it to a few images of yours with model.adapt, then predict"
         )

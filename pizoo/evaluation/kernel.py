@@ -30,6 +30,7 @@ class EntryFeatures:
         on: a data set's name, or the path of one's own; its pixels are normalised by the mean and standard deviation of each
             channel over its training images. None: the one that the entry's number is on, as its recipe normalises it.
         subset: of so many training images; None: all.
+        tested: there must be a test part, for :meth:`regress`.
         data_dir, device, epoch, rows_on: as for :func:`pizoo.evaluate`.
 
     Attributes:
@@ -38,8 +39,9 @@ class EntryFeatures:
         seconds: how long it took to compute them.
 
     Raises:
+        CheckpointError: a checkpoint without a recipe, which says of no size that images must have.
         TypeError: an entry without features.
-        ValueError: images of another size than the net's.
+        ValueError: images of another size than the net's; with ``tested``, a data set without a test part.
     """
 
     def __init__(
@@ -48,13 +50,14 @@ class EntryFeatures:
         on: str | None = None,
         subset: int | None = None,
         *,
+        tested: bool = False,
         data_dir: str | os.PathLike | None = None,
         device: torch.device | str | None = None,
         epoch: int | None = None,
         rows_on: str = "auto",
     ):
         self.model: PiNet = zoo.load(entry, device=choose_device(device), epoch=epoch, rows_on=rows_on)
-        recipe = self.model.config["recipe"]
+        recipe = zoo.recipe_of(self.model.config, entry)
         if recipe.get("tasks") and on is None:
             raise ValueError(
                 f"{entry} learns from tasks, which have no training images: name a data set to take them on"
@@ -65,6 +68,8 @@ class EntryFeatures:
         else:
             images = named_dataset(on, tuple(recipe["data"]["input_size"]), data_dir)
             normalize = own_normalize(images.train_x)
+        if tested:
+            check_test_part(images)
         if subset is not None:
             images = take_subset(images, subset)
         begin = time.perf_counter()
@@ -77,8 +82,7 @@ class EntryFeatures:
         Raises:
             CheckpointError: the disk is full.
         """
-        if Path(path).suffix != ".npy":
-            raise ValueError(f"out is {str(path)!r}; it must end in .npy")
+        check_out(path)
         parts = [part for part in (self.features.train_x, self.features.test_x) if part is not None]
         return save_feature_kernel(path, self.model, torch.cat(parts))
 
@@ -101,8 +105,7 @@ class EntryFeatures:
             NotEnoughMemory: the kernel does not fit, with its size.
         """
         kernels.check_ridges(ridges)
-        if self.features.test_y is None:
-            raise ValueError(f"data set {self.features.name!r} has no test part to measure a regression on")
+        check_test_part(self.features)
         ridge, tried = ridges[0], None
         if len(ridges) > 1:
             tried = validation_accuracies(self.model.feature_kernel, self.features, ridges, VALIDATION, tolerance)
@@ -118,6 +121,18 @@ class EntryFeatures:
             "feature_seconds": self.seconds,
             "seconds": time.perf_counter() - begin,
         }
+
+
+def check_out(path: str | os.PathLike) -> None:
+    """Raise ValueError unless a kernel can be written to a file of that name."""
+    if Path(path).suffix != ".npy":
+        raise ValueError(f"out is {str(path)!r}; it must end in .npy")
+
+
+def check_test_part(dataset: Dataset) -> None:
+    """Raise ValueError if a data set has no test part."""
+    if dataset.test_y is None:
+        raise ValueError(f"data set {dataset.name!r} has no test part to measure a regression on")
 
 
 def named_dataset(name: str, input_size: tuple[int, ...], data_dir: str | os.PathLike | None = None) -> Dataset:

@@ -65,13 +65,20 @@ def transfer_correct(
     x, test_x = found.train_x.double(), found.test_x.double()
     targets = centred_one_hot(found.train_y.to(x.device), found.classes)
     if tolerance is None:
-        remedy = "; or solve on a subset, or iteratively"
-        kernels.check_memory(len(x), len(x), 8, x.device, copies=2, remedy=remedy)
+        kernels.check_solving(len(x), len(ridges), x.device, remedy="; or solve on a subset, or iteratively")
         duals = kernels.solve_ridges(kernels.matrix(kernel, x, x), targets, ridges)
     else:
         duals = [kernels.solve_iteratively(kernel, x, targets, r, tolerance)[0] for r in ridges]
     scores = kernels.product(kernel, test_x, x, torch.cat(duals, 1))
     return [correct(part.cpu(), found.test_y.cpu()) for part in scores.split(found.classes, 1)]
+
+
+def regressed(
+    model: PiNet, target: Dataset, normalize: Normalize, ridge: float, dtype: torch.dtype | None = None
+) -> tuple[Dataset, Tensor]:
+    """A data set's features (:func:`featured`), and which test images regression on them classifies correctly: bool [n]."""
+    found = featured(model, target, normalize, dtype)
+    return found, transfer_correct(model.feature_kernel, found, [ridge])[0]
 
 
 def validation_accuracies(
@@ -95,7 +102,8 @@ def verification_split(target: Dataset) -> Dataset:
 
 def measures_all(count: int, device: torch.device) -> bool:
     """Whether a regression on ``count`` training images is measured: on a GPU with room for the kernel and its factor."""
-    return device.type == "cuda" and kernels.kernel_bytes(count, count, 8, device, copies=2) <= free_memory(device)
+    needed = kernels.kernel_bytes(count, count, 8, device, kernels.FACTORED)
+    return device.type == "cuda" and needed <= free_memory(device)
 
 
 def measure_transfer(
@@ -109,8 +117,7 @@ def measure_transfer(
     """
     if not measures_all(len(target.train_y), next(model.parameters()).device):
         target = verification_split(target)
-    found = featured(model, target, normalize, dtype)
-    return found, transfer_correct(model.feature_kernel, found, [ridge])[0]
+    return regressed(model, target, normalize, ridge, dtype)
 
 
 def described(split: Dataset, right: Tensor) -> dict[str, Any]:

@@ -154,6 +154,8 @@ def verify(
         path = folder / checkpoint.RESULTS
         results = _checked_types(checkpoint.read_json(path), RESULTS_TYPES, path)
         records = _recorded_correct(folder, results)
+        if images is not None and checkpoint.SHIPPED in records:
+            images = min(images, len(records[checkpoint.SHIPPED]))
         recipe = config["recipe"]
         dtype = torch.float64 if recipe.get("transfer") and not quick else None
         found = _Found(folder, zoo.load(folder, device=device, dtype=dtype), config, results, records)
@@ -272,7 +274,7 @@ def _transfer_accuracy(found: _Found, data_dir: str | os.PathLike | None, images
     target, normalize = zoo.dataset(described, data_dir), zoo.preprocessing(described)
     split, right = measure_transfer(found.model, target, normalize, recorded["ridge"], torch.float64)
     part, key = recorded, checkpoint.SHIPPED
-    if len(split.train_y) != recorded["training_images"]:
+    if (len(split.train_y), len(split.test_y)) != (recorded["training_images"], recorded["test_images"]):
         part, key = found.results["verification"], checkpoint.VERIFIED
     return _compared(found, part["accuracy"], right, key)
 

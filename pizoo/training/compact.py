@@ -110,7 +110,10 @@ def compact_checkpoint(
     if (out / checkpoint.CONFIG).exists() and "compacted" not in checkpoint.read_config(out)["pizoo"]:
         raise CheckpointError(f"{out} holds a checkpoint that is not a compact net; choose another folder")
     model, config = checkpoint.load(folder, epoch, device)
-    recipe, source_results = Recipe.from_dict(config["recipe"], str(source)), _results(folder, config, epoch)
+    recipe, source_results = (
+        Recipe.from_dict(zoo.recipe_of(config, source), str(source)),
+        _results(folder, config, epoch),
+    )
     if recipe.transfer is not None and "transfer" not in source_results:
         raise ValueError(
             f"epoch is {epoch}; of {source} only the epoch that its training chose has a ridge to measure it with"
@@ -119,7 +122,8 @@ def compact_checkpoint(
     dataset, normalize = loaded if recipe.transfer is None else loaded.source, recipe.data.normalize
     net, record = compact_net(model, dataset, normalize, settings, curve, progress)
     checkpoint.save_with_probe(out, net, config, dataset, normalize)
-    results = {"mean_accuracy": record["full_accuracy"], **source_results, "accuracy": None, "compact": record}
+    whole = source_results.get("accuracy", record["full_accuracy"])
+    results = {"mean_accuracy": whole, **source_results, "accuracy": None, "compact": record}
     right = _correct_before(folder, source_results)
     if recipe.transfer is not None:
         results, right[checkpoint.SHIPPED], right[checkpoint.VERIFIED] = measure_shipped(

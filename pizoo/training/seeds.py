@@ -99,8 +99,9 @@ def _record(outcome: TrainResult, dataset: Dataset | TransferData | dict[str, Ta
     results, recipe = outcome.results, outcome.recipe
     epochs, measured = recipe.train.epochs if recipe.train else 0, "test_accuracy"
     if recipe.transfer is not None:
-        right = target_correct(outcome.model, recipe, dataset, results["transfer"]["ridge"])
-        measured = "quick_accuracy"
+        right, measured = outcome.correct, "quick_accuracy"
+        if right is None:  # it was trained in another session
+            right = target_correct(outcome.model, recipe, dataset, results["transfer"]["ridge"])
     elif recipe.tasks is None:
         right = correct(predict(outcome.model, dataset.test_x, recipe.data.normalize), dataset.test_y)
     else:

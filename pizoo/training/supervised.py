@@ -51,6 +51,7 @@ class TrainResult:
         folder: where its checkpoint is; None if none was asked for.
         history: one record an epoch: epoch, step, loss, test_accuracy, seconds, ...
         results: what ``results.json`` holds.
+        correct: which test images the net classifies correctly, bool [n], where this session has measured transfer; else None.
     """
 
     model: nn.Module
@@ -58,6 +59,7 @@ class TrainResult:
     folder: Path | None
     history: list[dict[str, Any]] = field(default_factory=list)
     results: dict[str, Any] = field(default_factory=dict)
+    correct: Tensor | None = None
 
 
 class Training:
@@ -76,6 +78,7 @@ class Training:
         self.recipe, self.dataset, self.folder, self.device = recipe, dataset, folder, device
         self.history: list[dict[str, Any]] = []
         self.best: Snapshot | None = None  # the net of the best epoch, where that is what a training gives
+        self.correct: Tensor | None = None
         self.samples_per_epoch, self.steps_per_epoch = self._sizes()
         self.steps = self.steps_per_epoch * recipe.train.epochs
         self.source = source_net(recipe)
@@ -210,7 +213,7 @@ class Training:
             results["wall_seconds"] += self.timer.lap()
             if self.folder is not None:
                 checkpoint.write_json(self.folder / checkpoint.RESULTS, results)
-        return TrainResult(self.model, self.recipe, self.folder, self.history, results)
+        return TrainResult(self.model, self.recipe, self.folder, self.history, results, self.correct)
 
     def _finish(self) -> None:
         """After the last epoch: leave the net that this training gives, in eval mode."""

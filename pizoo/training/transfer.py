@@ -8,6 +8,7 @@ looked at once, in the end, and once at the published epoch and ridge.
 from __future__ import annotations
 
 import copy
+import math
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -23,12 +24,13 @@ from pizoo.evaluation.transfer import (
     described,
     featured,
     quick_split,
+    regressed,
     transfer_correct,
     validation_accuracies,
     verification_split,
 )
 from pizoo.models import PiNet
-from pizoo.recipes import Recipe
+from pizoo.recipes import Recipe, Transfer
 from pizoo.training.supervised import REMEDY, Training, TrainingDiverged, TrainResult
 
 
@@ -47,8 +49,8 @@ class TransferTraining(Training):
         self.target, self.transfer = dataset.target, recipe.transfer
         self.quick = quick_split(self.target, self.transfer.validation)
         super().__init__(recipe, dataset.source, folder, device, engine, rows_on)
-        count = len(self.target.train_y)  # refused now, beside the rows reserved, rather than after some epochs
-        kernels.check_memory(count, count, 8, device, copies=2, remedy=": a smaller transfer.data.subset")
+        # Now, beside the rows reserved, rather than after some epochs.
+        check_measuring(recipe.transfer, len(self.target.train_y), device)
 
     @staticmethod
     def check_data(recipe: Recipe, dataset: TransferData) -> None:
@@ -69,10 +71,7 @@ class TransferTraining(Training):
 
     def _quick_accuracy(self) -> float:
         """Accuracy in percent on held-out training images of three classes, of features of these classes alone."""
-        features = featured(
-            self.model, quick_split(self.target, self.transfer.validation), self.transfer.data.normalize
-        )
-        return percent(transfer_correct(self.model.feature_kernel, features, [self.transfer.ridge])[0])
+        return percent(regressed(self.model, self.quick, self.transfer.data.normalize, self.transfer.ridge)[1])
 
     def _transfer(self, epoch: int) -> dict[str, Any]:
         """Accuracy in percent with each ridge on held-out training images; at the published setting on the test images."""
@@ -95,7 +94,7 @@ class TransferTraining(Training):
                 record["transfer"]["ridges"], record["transfer"]["validation_accuracies"], strict=True
             )
         ]
-        return max(tried, key=lambda one: one[0], default=None)
+        return max(tried, key=lambda one: (one[0], -one[1], -one[2]), default=None)
 
     def _best_epoch(self) -> int | None:
         choice = self._choice()
@@ -106,20 +105,19 @@ class TransferTraining(Training):
 
     def _results(self) -> dict[str, Any]:
         accuracy, epoch, ridge = self._choice()
-        features = featured(self.model, self.target, self.transfer.data.normalize)
-        right = transfer_correct(self.model.feature_kernel, features, [ridge])[0]
+        features, self.correct = regressed(self.model, self.target, self.transfer.data.normalize, ridge)
         source = super()._results()
         printed = next((r for r in self.history if "at_published_setting" in r.get("transfer", {})), None)
         return {
             **source,
             "data": {**source["data"], "name": self.target.name, "subset": self.transfer.data.subset},
-            "accuracy": percent(right),
+            "accuracy": percent(self.correct),
             "best_epoch": {"epoch": epoch, "accuracy": accuracy, "note": f"on held-out images of {self.target.name}"},
             "transfer": {
                 "ridge": ridge,
                 "epoch": epoch,
                 "validation_accuracy": accuracy,
-                **described(features, right),
+                **described(features, self.correct),
                 "published_setting": {
                     "epoch": self.transfer.epoch,
                     "ridge": self.transfer.ridge,
@@ -130,10 +128,17 @@ class TransferTraining(Training):
         }
 
 
+def check_measuring(transfer: Transfer, count: int, device: torch.device, taken: int = 0) -> None:
+    """Raise NotEnoughMemory unless transfer to ``count`` training images can be measured: on all of them with one ridge, on
+    those that are not held out with every ridge. ``taken``: bytes that the training itself will have."""
+    remedy = ": a smaller transfer.data.subset"
+    kernels.check_solving(count, 1, device, remedy, taken)
+    kernels.check_solving(math.ceil((1 - transfer.validation) * count), len(transfer.ridges), device, remedy, taken)
+
+
 def target_correct(model: PiNet, recipe: Recipe, dataset: TransferData, ridge: float) -> Tensor:
     """Which test images of the target are classified correctly by ridge regression on all of its training images: bool [n]."""
-    features = featured(model, dataset.target, recipe.transfer.data.normalize)
-    return transfer_correct(model.feature_kernel, features, [ridge])[0]
+    return regressed(model, dataset.target, recipe.transfer.data.normalize, ridge)[1]
 
 
 def ship(outcome: TrainResult, card: Path, dataset: TransferData) -> tuple[dict[str, Any], Tensor, Tensor]:
@@ -169,9 +174,9 @@ def measure_shipped(
     """
     exact, ridge = torch.float64, results["transfer"]["ridge"]
     net, _ = checkpoint.load(card, device=device, dtype=exact)
-    features = featured(net, dataset.target, recipe.transfer.data.normalize, exact)
+    features, right = regressed(net, dataset.target, recipe.transfer.data.normalize, ridge, exact)
     small = verification_split(features)
-    right, right_of_small = (transfer_correct(net.feature_kernel, part, [ridge])[0] for part in (features, small))
+    right_of_small = transfer_correct(net.feature_kernel, small, [ridge])[0]
     recorded = {**results, "verification": described(small, right_of_small)}
     recorded["transfer"] = {**results["transfer"], **described(features, right)}
     return recorded, right, right_of_small
