@@ -15,8 +15,8 @@ A net while it trains (and after: any epoch can be loaded)::
     rows-00000.safetensors    A and B of the rows the net started with; then one immutable segment an epoch, its new rows
     state-00001.safetensors   what else an epoch's net is: input layer, biases, amult and its decay factor, optimizer
 
-Processes that train together write a segment each, ``rows-00007-1of4.safetensors``; whose rows are where stands in the manifest,
-by their numbers, which do not depend on who held them: any number of processes loads what any number has written.
+Processes that train together write a segment each, ``rows-00007-1of4.safetensors``. Which rows it holds stands in the manifest,
+by numbers that do not depend on who held them: any number of processes loads what any number has written.
 
 A finite net has no segments, and its state files hold all of it. Every file is written under a temporary name, flushed and
 renamed, the manifest last: whatever interrupts a save, the epochs before it stay loadable.
@@ -505,7 +505,9 @@ def _read_shipped(path: Path, digest: str | None, layers: Mapping[str, Rows]) ->
     tensors = read_tensors(path, digest, leave=parts.__contains__)
     amults = {name: tensors.pop(f"{name}.amult") for name in layers if f"{name}.amult" in tensors}
     rows = {name: range(len(amult)) for name, amult in amults.items()}
-    return State(tensors, {name: (amult, 1.0) for name, amult in amults.items()}, [Segment(path, rows)] if layers else [])
+    return State(
+        tensors, {name: (amult, 1.0) for name, amult in amults.items()}, [Segment(path, rows)] if layers else []
+    )
 
 
 def _roomy_place(layers: Mapping[str, Rows], state: State, name: str) -> str:
@@ -786,7 +788,9 @@ def _check_numbers(segments: list[Segment]) -> None:
                 raise CheckpointError(f"{path} does not hold rows of {', '.join(rows)}: it is another segment")
             for name, found in rows.items():
                 if len(found) != file.get_slice(f"{name}.A").get_shape()[0] or found.step < 1 or found.start < 0:
-                    raise CheckpointError(f"{path} does not hold {_rows_in_words(found)} of {name}: it is another segment")
+                    raise CheckpointError(
+                        f"{path} does not hold {_rows_in_words(found)} of {name}: it is another segment"
+                    )
                 numbers.setdefault(name, []).append((path, found))
     for name, parts in numbers.items():
         held = torch.zeros(sum(len(found) for _, found in parts), dtype=torch.bool)

@@ -63,7 +63,9 @@ def _in_processes(context: typer.Context) -> None:
 
     if processes.started() > 1:
         if context.invoked_subcommand not in IN_PROCESSES:
-            raise ValueError(f"torchrun is for pizoo {' and '.join(IN_PROCESSES)}; run {context.invoked_subcommand} without it")
+            raise ValueError(
+                f"torchrun is for pizoo {' and '.join(IN_PROCESSES)}; run {context.invoked_subcommand} without it"
+            )
         out.quiet = os.environ["RANK"] != "0"
 
 
@@ -125,7 +127,9 @@ def train(
     try:
         if seeds is not None:
             if processes.started() > 1:
-                raise ValueError("--seeds trains one net after the other; under torchrun train one seed: --set train.seed=1")
+                raise ValueError(
+                    "--seeds trains one net after the other; under torchrun train one seed: --set train.seed=1"
+                )
             results = run_seeds(loaded, parse_seeds(seeds), folder, **options)
             rows = [(f"seed {one['seed']}", one) for one in results["seeds"]]
         else:
@@ -650,9 +654,11 @@ def _show_warning(message: Warning | str, *where: Any) -> None:
 
 
 def _fail(error: Exception, code: int) -> NoReturn:
+    from pizoo import processes
+
     # Messages hold shapes and paths in brackets, which rich would take for markup.
     err.print(f"[red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
-    if "RANK" in os.environ:  # whatever still waits for the other processes is not waited for
+    if processes.started() > 1:  # whatever still waits for the other processes is not waited for
         sys.stderr.flush()
         os._exit(code)
     sys.exit(code)

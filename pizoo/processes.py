@@ -173,7 +173,7 @@ def of_first(value: Any) -> Any:
 
 
 def split(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """``function(x)`` [n, ...] of x [n, ...], of which every process computes a part; complete in each, where it is computed."""
+    """``function(x)`` [n, ...] of x [n, ...], of which every process computes a part and has all."""
     if count() == 1 or len(x) < count():
         return function(x)
     found = function(x.tensor_split(count())[index()])
@@ -206,7 +206,7 @@ def explained(remedy: str = "start all of them again") -> Iterator[None]:
     except RuntimeError as error:
         if isinstance(error, ProcessLost) or not is_lost(error):
             raise
-        told = (str(error).splitlines() or [type(error).__name__])[0]
+        told = str(error).splitlines()[0].split(". ")[0]  # the rest is advice to look at the others' logs
         raise ProcessLost(f"{_missed('another process')} ({told}): {remedy}") from error
 
 

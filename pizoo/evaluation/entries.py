@@ -33,7 +33,7 @@ def evaluate(
 ) -> dict[str, Any]:
     """Test accuracy of an entry, a checkpoint, or a net loaded from one.
 
-    Of an entry or checkpoint, in processes started by ``torchrun``, each computes a part of the images, and all return the same.
+    In processes started by ``torchrun`` each computes a part of the images, of an entry or checkpoint; all return the same.
 
     Args:
         model_or_entry: what :func:`pizoo.load` takes, or what it gave.

@@ -140,7 +140,9 @@ class Training:
         if self.growing or processes.count() == 1:
             return self.model
         devices = [self.device] if self.device.type == "cuda" else None
-        return nn.parallel.DistributedDataParallel(self.model, device_ids=devices, broadcast_buffers=False)
+        with warnings.catch_warnings():  # torch renames the option; no other name does the same in every version
+            warnings.simplefilter("ignore", FutureWarning)
+            return nn.parallel.DistributedDataParallel(self.model, device_ids=devices, broadcast_buffers=False)
 
     @staticmethod
     def check_data(recipe: Recipe, dataset: Dataset) -> None:
@@ -320,7 +322,7 @@ class Training:
         return self._take_step(step, mean.item(), norms)
 
     def _part(self, x: Tensor, y: Tensor) -> tuple[tuple[Tensor, Tensor], float]:
-        """What of a batch is computed here, and what its loss is multiplied by so that the mean over processes is the batch's."""
+        """What of a batch is computed here, and what its loss is multiplied by: their mean over processes is the batch's."""
         world = processes.count()
         if self.net is self.model or len(x) < world:
             return (x, y), 1.0

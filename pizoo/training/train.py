@@ -92,7 +92,9 @@ def train(
             if recipe.train is None:
                 return solve(recipe, dataset, folder, device)
             with logging_to(own_folder):
-                return training(recipe, dataset, folder, device, engine, rows_on).run(progress and processes.index() == 0)
+                return training(recipe, dataset, folder, device, engine, rows_on).run(
+                    progress and processes.index() == 0
+                )
 
 
 def _check_processes(
@@ -102,7 +104,9 @@ def _check_processes(
     if recipe.train is None:
         raise RecipeError(f"{recipe.entry} is a kernel, which is not trained by steps; start it in one process")
     if recipe.tasks is not None and recipe.model.kind != "infpi":
-        raise RecipeError(f"{recipe.entry}: tasks are not split over processes; a finite net learns from them in one process")
+        raise RecipeError(
+            f"{recipe.entry}: tasks are not split over processes; a finite net learns from them in one process"
+        )
     begun = folder is not None and (folder / checkpoint.MANIFEST).exists()
     processes.compare(
         {
