@@ -4,8 +4,8 @@
     torchrun --nproc-per-node 2 benchmarks/sharding.py --json FILE
     torchrun --nproc-per-node 4 benchmarks/sharding.py --json FILE
 
-Each run adds its number of processes to the file, and prints the table of all that are in it. Rows, inputs and labels are random
-(time does not depend on them); nets, batch sizes and dtypes are the recipes'. The time is that of the slowest process.
+Each run adds its number of processes to the file, and prints the table of all that are in it. Rows, inputs and labels are
+random (time does not depend on them); nets, batch sizes and dtypes are the recipes'. The time is that of the slowest process.
 """
 
 import argparse

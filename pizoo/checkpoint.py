@@ -720,7 +720,7 @@ def read_epoch(folder: Path, epoch: int | None = None) -> Epoch:
             )
             for entry in entries
         ]
-        _check_numbers(segments)
+        _check_order(segments)
         return Epoch(record, read_tensors(folder / record["state"]["file"], record["state"]["sha256"]), segments)
     except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
         raise CheckpointError(f"{folder / MANIFEST} or a state lacks something ({error!r}): it is damaged") from None
@@ -779,33 +779,35 @@ def _recorded(folder: Path, manifest: Mapping[str, Any], epoch: int | None = Non
         raise CheckpointError(f"{folder / MANIFEST} lacks something ({error!r}): it is damaged") from None
 
 
-def _check_numbers(segments: list[Segment]) -> None:
-    """Raise CheckpointError unless together they hold every row once: the multipliers of rows are kept apart."""
-    numbers: dict[str, list[tuple[Path, range]]] = {}
+def _check_order(segments: list[Segment]) -> None:
+    """Raise CheckpointError unless segments together hold every row once, as they were written: multipliers are kept apart.
+
+    Those that several processes wrote of the same rows stand beside each other.
+    """
+    parts: dict[str, list[tuple[Path, range]]] = {}
     for path, rows in segments:
         with opened(path) as file:
             if {tensor.rpartition(".")[0] for tensor in file.keys()} != set(rows):  # noqa: SIM118 (not a dict)
                 raise CheckpointError(f"{path} does not hold rows of {', '.join(rows)}: it is another segment")
-            for name, found in rows.items():
-                if len(found) != file.get_slice(f"{name}.A").get_shape()[0] or found.step < 1 or found.start < 0:
-                    raise CheckpointError(
-                        f"{path} does not hold {_rows_in_words(found)} of {name}: it is another segment"
-                    )
-                numbers.setdefault(name, []).append((path, found))
-    for name, parts in numbers.items():
-        held = torch.zeros(sum(len(found) for _, found in parts), dtype=torch.bool)
-        for path, found in parts:
-            here = held[found.start : found.stop : found.step]
-            if len(here) != len(found) or here.any():
-                raise CheckpointError(
-                    f"{path} does not hold {_rows_in_words(found)} of {name}, or another does too: it is another segment"
-                )
-            here.fill_(True)
+            for name, numbers in rows.items():
+                if len(numbers) != file.get_slice(f"{name}.A").get_shape()[0]:
+                    raise _another_segment(path, name, numbers)
+                parts.setdefault(name, []).append((path, numbers))
+    for name, found in parts.items():
+        held = torch.zeros(sum(len(numbers) for _, numbers in found), dtype=torch.bool)
+        begin = end = 0  # of the rows that processes which wrote together have written
+        for path, numbers in found:
+            if numbers.stop != end:
+                begin, end = end, numbers.stop
+            if not begin <= numbers.start < numbers.stop <= len(held) or held[numbers.start : end : numbers.step].any():
+                raise _another_segment(path, name, numbers)
+            held[numbers.start : end : numbers.step] = True
 
 
-def _rows_in_words(numbers: range) -> str:
-    every = f"every {numbers.step} of " if numbers.step > 1 else ""
-    return f"{every}the rows from {numbers.start} to {numbers.stop}"
+def _another_segment(path: Path, name: str, numbers: range) -> CheckpointError:
+    every = f"one in {numbers.step} of " if numbers.step > 1 else ""
+    told = f"{path} does not hold {every}the rows from {numbers.start} to {numbers.stop} of {name}"
+    return CheckpointError(f"{told}, or not after those before it: it is another segment")
 
 
 def _new_rows(model: nn.Module, manifest: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, list[int]]]:

@@ -61,12 +61,11 @@ def _leave_processes(*_: Any, **__: Any) -> None:
 def _in_processes(context: typer.Context) -> None:
     from pizoo import processes
 
-    if processes.started() > 1:
-        if context.invoked_subcommand not in IN_PROCESSES:
-            raise ValueError(
-                f"torchrun is for pizoo {' and '.join(IN_PROCESSES)}; run {context.invoked_subcommand} without it"
-            )
-        out.quiet = os.environ["RANK"] != "0"
+    if processes.started() > 1 and context.invoked_subcommand not in IN_PROCESSES:
+        raise ValueError(
+            f"torchrun is for pizoo {' and '.join(IN_PROCESSES)}; run {context.invoked_subcommand} without it"
+        )
+    out.quiet = processes.started() > 1 and os.environ["RANK"] != "0"
 
 
 @app.command("list")

@@ -10,6 +10,7 @@ would wait, as they would for one that has stopped: :func:`watched` has the proc
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 import threading
@@ -25,7 +26,7 @@ from torch import Tensor
 
 TIMEOUT = timedelta(minutes=10)  # compilers and disks do not take as long in every process; for the lost there is BEAT
 WRITING_TIMEOUT = timedelta(minutes=30)
-BEAT, MISSED_AFTER = 2.0, 40.0  # seconds between signs of life, and without one until a process counts as lost
+BEAT, MISSED_AFTER = 2.0, 50.0  # seconds between signs of life, and without one until a process counts as lost
 LOST = ("gloo", "NCCL", "Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out waiting")
 
 
@@ -99,6 +100,7 @@ def leave() -> None:
     global _groups
     if _groups is not None:
         _groups = None
+        gc.collect()  # graphs with collectives in them go first: NCCL would wait for these
         dist.destroy_process_group()
 
 

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import shutil
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,6 +27,7 @@ import pizoo
 from pizoo import checkpoint, processes
 from pizoo.recipes import load_recipe
 from pizoo.rows import Share
+from pizoo.training.plan import plan
 from pizoo.training.train import train
 
 EXACT = ["train.epochs=4", "train.dtype=float64"]  # 52 steps, the last of each epoch with fewer samples
@@ -164,6 +168,57 @@ def test_a_killed_process_ends_the_others_and_fewer_go_on(two: Ended, three: End
 def test_a_process_that_stops_is_missed(two: Ended) -> None:
     assert two.codes[0] == 1
     assert "of this run has ended or does not answer" in two.said[0]
+
+
+MISPLACED = {
+    "numbers of another share": lambda segments: segments[4]["rows"].update(output=segments[5]["rows"]["output"]),
+    "another step": lambda segments: segments[3]["rows"]["output"].__setitem__(2, 2),
+    "beyond the end": lambda segments: segments[-1]["rows"]["output"].__setitem__(1, 10**9),
+    "a layer left out": lambda segments: segments[2]["rows"].pop("output"),
+    "a share left out": lambda segments: segments.pop(7),
+    "epochs in another order": lambda segments: segments.append(segments.pop(4)),
+}
+
+
+@pytest.mark.parametrize("damage", MISPLACED)
+def test_rows_that_are_not_where_the_manifest_says_are_refused(damage: str, three: Ended, folder, tmp_path) -> None:
+    copy = shutil.copytree(folder / "infinite, 3", tmp_path / "copy")
+    manifest = checkpoint.read_manifest(copy)
+    MISPLACED[damage](manifest["segments"])
+    manifest["epochs"][-1]["segments"] = len(manifest["segments"])
+    checkpoint.write_json(copy / checkpoint.MANIFEST, {**manifest, "sha256": checkpoint.json_sha256(manifest)})
+    with pytest.raises(checkpoint.CheckpointError, match=r"another segment|damaged|does not hold"):
+        pizoo.load(copy)
+
+
+def test_what_torchrun_is_not_for_is_refused(monkeypatch, pizoo_command) -> None:
+    for name, value in {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(os, "_exit", sys.exit)
+    for arguments, told in ((("list",), "run list without it"), (("train", "digits_mu", "--seeds", "0-1"), "one seed")):
+        outcome = pizoo_command(*arguments)
+        assert outcome.code == 2 and told in outcome.err and not outcome.out
+
+
+def test_processes_without_a_gpu_or_nccl_are_told_so(monkeypatch) -> None:
+    monkeypatch.setenv("LOCAL_RANK", "4")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr(torch.distributed, "is_nccl_available", lambda: True)
+    with pytest.raises(ValueError, match=r"process 4 of this machine has no GPU: there are 4; .*--nproc-per-node 4"):
+        processes._own_gpu()
+    monkeypatch.setattr(torch.distributed, "is_nccl_available", lambda: False)
+    with pytest.raises(RuntimeError, match="no NCCL"):
+        processes._own_gpu()
+
+
+def test_a_share_is_a_part_of_the_memory(monkeypatch) -> None:
+    recipe = load_recipe("cifar10_infpi")
+    whole = plan(recipe, 50_000, torch.device("cpu"))
+    monkeypatch.setattr(processes, "count", lambda: 4)
+    monkeypatch.setattr(processes, "on_this_machine", lambda: 4)
+    share = plan(recipe, 50_000, torch.device("cpu"))
+    assert share.rows == whole.rows and abs(4 * share.row_bytes - whole.row_bytes) < 4
+    assert share.available == pytest.approx(whole.available / 4, rel=0.2)  # others use the machine too
 
 
 # ------------------------------------------------------------------ shares of rows

@@ -131,16 +131,16 @@ def _data_fingerprint(data: object) -> str:
     digest = hashlib.sha256()
     for tensor in _tensors(data):
         digest.update(f"{list(tensor.shape)} {tensor.dtype}".encode())
-        items = tensor[:: max(1, len(tensor) // COMPARED_ITEMS)].detach().cpu().contiguous()
-        digest.update(items.view(torch.uint8).numpy().data if items.ndim else b"")
+        items = tensor[:: max(1, len(tensor) // COMPARED_ITEMS)].cpu().contiguous()
+        digest.update(items.view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
 def _tensors(data: object) -> Iterator[Tensor]:
     if isinstance(data, Tensor):
         yield data
-    elif isinstance(data, dict):
-        for value in data.values():
+    elif isinstance(data, dict | tuple):
+        for value in data.values() if isinstance(data, dict) else data:
             yield from _tensors(value)
     elif hasattr(data, "__dict__"):
         yield from _tensors(vars(data))
