@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import os
@@ -24,7 +25,7 @@ from test_meta import made_up_pools, small
 from test_rows import assert_same_rows, make_rows, new_rows
 
 import pizoo
-from pizoo import checkpoint, processes
+from pizoo import checkpoint, ops, processes
 from pizoo.recipes import load_recipe
 from pizoo.rows import Share
 from pizoo.training.plan import plan
@@ -182,13 +183,13 @@ MISPLACED = {
 
 @pytest.mark.parametrize("damage", MISPLACED)
 def test_rows_that_are_not_where_the_manifest_says_are_refused(damage: str, three: Ended, folder, tmp_path) -> None:
-    copy = shutil.copytree(folder / "infinite, 3", tmp_path / "copy")
-    manifest = checkpoint.read_manifest(copy)
+    damaged = shutil.copytree(folder / "infinite, 3", tmp_path / "damaged")
+    manifest = checkpoint.read_manifest(damaged)
     MISPLACED[damage](manifest["segments"])
     manifest["epochs"][-1]["segments"] = len(manifest["segments"])
-    checkpoint.write_json(copy / checkpoint.MANIFEST, {**manifest, "sha256": checkpoint.json_sha256(manifest)})
+    checkpoint.write_json(damaged / checkpoint.MANIFEST, {**manifest, "sha256": checkpoint.json_sha256(manifest)})
     with pytest.raises(checkpoint.CheckpointError, match=r"another segment|damaged|does not hold"):
-        pizoo.load(copy)
+        pizoo.load(damaged)
 
 
 def test_what_torchrun_is_not_for_is_refused(monkeypatch, pizoo_command) -> None:
@@ -235,10 +236,9 @@ def test_shares_of_any_number_of_processes_hold_every_row_once(of: int, sizes: l
     for seed, size in enumerate(sizes):
         for rows in (whole, *shares):
             rows.append(*new_rows(size, seed), -0.1)
-    assert {rows.count for rows in shares} == {whole.count}
     for index, rows in enumerate(shares):
-        for part in ("A", "B", "amult"):
-            assert torch.equal(getattr(rows, part).detach(), getattr(whole, part).detach()[index::of])
+        assert rows.share == Share(index, of)
+        assert_holds(rows, whole)
 
 
 @settings(max_examples=30, deadline=None)
@@ -253,8 +253,37 @@ def test_what_any_number_wrote_any_number_reads(written: int, read: int, count: 
             rows.put(k, *parts, step=written)
         rows.grown(count, 1.0)
         assert len(rows.A) == math.ceil((count - index) / read)
-        for part in ("A", "B", "amult"):
-            assert torch.equal(getattr(rows, part).detach(), getattr(whole, part).detach()[index::read])
+        assert_holds(rows, whole)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.int8])
+def test_a_share_stays_one_when_cast_copied_and_loaded(dtype: torch.dtype) -> None:
+    whole, rows = make_rows(11), rows_of(make_rows(7), Share(1, 3))
+    rows.load_state_dict(whole.state_dict())
+    assert_holds(rows, whole)
+    rows.to_rows_dtype(dtype)
+    whole.to_rows_dtype(dtype)
+    rows.reserve(20)
+    for one in (copy.deepcopy(rows), copy.deepcopy(rows).double(), rows):
+        assert_holds(one, whole)
+        for part in (one, other := copy.deepcopy(whole)):
+            part.append(*new_rows(5), -0.1)
+        assert_holds(one, other)
+
+
+def test_a_layer_of_fewer_rows_than_processes_has_shares_without_any() -> None:
+    rows = rows_of(make_rows(1), Share(2, 3))
+    assert (len(rows.A), rows.count) == (0, 1)
+    gbar = new_rows(4)[1]
+    out = ops.growing_forward(gbar, rows.A.detach(), rows.B.detach(), rows.amult)
+    assert out.shape == (4, 3) and not out.any()
+
+
+def assert_holds(rows, whole) -> None:
+    """``rows`` are a share of ``whole``, and know of how many."""
+    assert rows.count == whole.count
+    for part in ("A", "B", "amult"):
+        assert torch.equal(getattr(rows, part).detach().double(), rows.dealt(getattr(whole, part).detach()).double())
 
 
 def rows_of(rows, share: Share):
