@@ -228,7 +228,7 @@ def watched(remedy: str) -> Iterator[None]:
         yield
         return
     stop, store = threading.Event(), _groups.store.clone()  # of its own: a store answers one thread at a time
-    entered = of_first(str(time.time_ns()))
+    entered = gathered(time.time_ns())[0]  # all of them are here: nobody is missed who has yet to come
     thread = threading.Thread(target=_watch, args=(stop, store, f"alive/{entered}", remedy), daemon=True)
     thread.start()
     try:

@@ -49,7 +49,17 @@ TRAININGS["momentum"] = ("digits_infpi", [*INFINITE, *EXACT, "train.momentum=0.5
 TRAININGS["momentum"][1].append("train.apply_lr_mult_to_wd=true")
 GOLDEN = [path.stem for path in sorted(test_golden.GOLDEN.glob("*.npz")) if path.stem.startswith(("infpi", "maml"))]
 GOLDEN = [name for name in GOLDEN if "finite" not in name]
-ROUNDING = 1e-9
+ROUNDING = {"cpu": 1e-9, "cuda": 1e-3}
+ON_GPUS = ("infinite", "one hidden layer, zero read-out, cosine", "finite, projected, decay")
+
+
+def on(device: str) -> dict[str, tuple]:
+    """The trainings of :data:`TRAININGS` that are run on a device, in its dtype."""
+    if device == "cpu":
+        return TRAININGS
+    return {
+        name: (TRAININGS[name][0], [*TRAININGS[name][1], "train.dtype=float32"], TRAININGS[name][2]) for name in ON_GPUS
+    }
 
 
 class Ended(SimpleNamespace):
@@ -80,7 +90,7 @@ def ended(folder: Path, started: list[subprocess.Popen], doomed: int) -> Ended:
             if k == doomed and started[k].poll() is None:
                 time.sleep(0.2)
                 started[k].kill()
-            said[k] = started[k].communicate(timeout=100)[0]
+            said[k] = started[k].communicate(timeout=240)[0]
     finally:
         for process in started:
             process.kill()
@@ -103,11 +113,11 @@ def alone(folder):
     return net
 
 
-def assert_same_net(folder: Path, wanted: dict[str, torch.Tensor]) -> None:
+def assert_same_net(folder: Path, wanted: dict[str, torch.Tensor], rounding: float = ROUNDING["cpu"]) -> None:
     found = pizoo.load(folder, dtype=torch.float64).state_dict()
     assert found.keys() == wanted.keys()
     for name in wanted:
-        assert relative(found[name], wanted[name]) < ROUNDING, name
+        assert relative(found[name], wanted[name]) < rounding, name
 
 
 # ------------------------------------------------------------------ the same trajectory
@@ -123,6 +133,19 @@ def test_several_processes_train_the_net_of_one(name: str, two: Ended, three: En
     for world, run in ((2, two), (3, three)):
         assert run.cases[name] == ""
         assert_same_net(folder / f"{name}, {world}", alone(name))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_several_gpus_train_the_net_of_one_cpu_and_miss_one_that_is_gone(tmp_path) -> None:
+    """Over NCCL, inside replayed graphs."""
+    run = ended(tmp_path, together.start(tmp_path, 2, "cuda"), doomed=1)
+    for name, (entry, overrides, _) in on("cuda").items():
+        assert run.cases[name] == ""
+        wanted = train(load_recipe(entry, overrides), device="cpu", engine=False).model.state_dict()
+        assert_same_net(tmp_path / f"{name}, 2", wanted, ROUNDING["cuda"])
+    assert run.codes == [1, -signal.SIGKILL]
+    assert "of this run has ended or does not answer" in run.said[0]
 
 
 def test_several_processes_learn_to_learn_as_one_does(two: Ended, three: Ended, folder) -> None:

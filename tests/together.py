@@ -1,4 +1,4 @@
-"""What each of several processes does in ``test_processes``: ``python tests/together.py FOLDER``, started by :func:`start`.
+"""What each of several processes does in ``test_processes``; :func:`start` starts them.
 
 Every case runs in all processes; process 0 writes what became of each to ``FOLDER/of2.json``. In the end one of three kills
 itself while it trains, and one of two stops without ending.
@@ -17,17 +17,17 @@ from collections.abc import Callable
 from pathlib import Path
 
 
-def start(folder: Path, world: int) -> list[subprocess.Popen]:
-    """Start ``world`` processes on this machine's CPU."""
+def start(folder: Path, world: int, device: str = "cpu") -> list[subprocess.Popen]:
+    """Start ``world`` processes on this machine's CPU, or on as many of its GPUs ("cuda")."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     common = {"WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **({"CUDA_VISIBLE_DEVICES": ""} if device == "cpu" else {})}
     environment |= {name: str(value) for name, value in common.items()}
     return [
         subprocess.Popen(
-            [sys.executable, __file__, str(folder)],
+            [sys.executable, __file__, str(folder), device],
             env={**environment, "RANK": str(k), "LOCAL_RANK": str(k)},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -37,16 +37,16 @@ def start(folder: Path, world: int) -> list[subprocess.Popen]:
     ]
 
 
-def main(folder: Path) -> None:
+def main(folder: Path, device: str) -> None:
     import torch
 
     from pizoo import processes
 
     torch.set_num_threads(1)
-    processes.BEAT, processes.MISSED_AFTER = 0.2, 2.0
-    processes.join(torch.device("cpu"))
+    processes.BEAT, processes.MISSED_AFTER = 0.2, 2.0 if device == "cpu" else 20.0
+    processes.join(torch.device(device))
     told = {}
-    for name, case in cases(folder).items():
+    for name, case in (cases(folder) if device == "cpu" else trainings(folder, device)).items():
         try:
             case()
             outcome = ""
@@ -55,18 +55,32 @@ def main(folder: Path) -> None:
         told[name] = "\n".join(filter(None, processes.gathered(outcome)))
     if processes.index() == 0:
         (folder / f"of{processes.count()}.json").write_text(json.dumps(told))
-    end(folder)
+    end(folder, device)
+
+
+def trainings(folder: Path, device: str) -> dict[str, Callable[[], None]]:
+    from test_processes import on
+
+    from pizoo import processes
+    from pizoo.recipes import load_recipe
+    from pizoo.training.train import train
+
+    def training(name: str) -> None:
+        entry, overrides, engine = on(device)[name]
+        out = folder / f"{name}, {processes.count()}"
+        result = train(load_recipe(entry, overrides), out, device=device, engine=engine)
+        assert result.results["processes"] == processes.count()
+
+    return {name: lambda name=name: training(name) for name in on(device)}
 
 
 def cases(folder: Path) -> dict[str, Callable[[], None]]:
     import test_golden
     import torch
     from test_meta import made_up_pools, small
-    from test_processes import TRAININGS
 
     from pizoo import processes
     from pizoo.models import InfPiMLP
-    from pizoo.recipes import load_recipe
     from pizoo.training.train import train
 
     world, own_state, own_net = processes.count(), InfPiMLP.state_dict, test_golden.Golden.infinite_net
@@ -96,19 +110,13 @@ def cases(folder: Path) -> dict[str, Callable[[], None]]:
         finally:
             InfPiMLP.state_dict, test_golden.Golden.infinite_net = own_state, own_net
 
-    def training(name: str) -> None:
-        entry, overrides, engine = TRAININGS[name]
-        result = train(load_recipe(entry, overrides), folder / f"{name}, {world}", device="cpu", engine=engine)
-        assert result.results["processes"] == world
-
     def tasks() -> None:
         recipe = small("infpi", "train.dtype=float64")
         train(recipe, folder / f"tasks, {world}", dataset=made_up_pools(), device="cpu", engine=True)
 
     paths = [path for path in sorted(test_golden.GOLDEN.glob("*.npz")) if path.stem.startswith(("infpi", "maml"))]
     found = {path.stem: lambda path=path: golden(path) for path in paths if "finite" not in path.stem}
-    found |= {name: lambda name=name: training(name) for name in TRAININGS}
-    found["tasks"] = tasks
+    found |= trainings(folder, "cpu") | {"tasks": tasks}
     return found | ({"refused": lambda: refused(folder), "evaluate": lambda: evaluate(folder)} if world == 2 else {})
 
 
@@ -171,31 +179,28 @@ def evaluate(folder: Path) -> None:
         (folder / "accuracy.json").write_text(json.dumps(found["accuracy"]))
 
 
-def end(folder: Path) -> None:
-    """Of three, process 1 is killed in its third epoch; two go on to the end, and of another training process 1 is stopped."""
-    from test_processes import TRAININGS
+def end(folder: Path, device: str) -> None:
+    """On CPUs, of three processes 1 is killed in its third epoch; two go on to the end, and of another training process 1 is
+    stopped. On GPUs, process 1 is killed."""
+    from test_processes import on
 
     from pizoo import cli, processes
     from pizoo.training.supervised import Training
 
-    epoch, doomed = Training._epoch, signal.SIGKILL if processes.count() == 3 else signal.SIGSTOP
-    strikes = processes.count() == 3
+    epoch, resumes = Training._epoch, (device, processes.count()) == ("cpu", 2)
+    entry, overrides, _ = on(device)["momentum" if device == "cpu" else "infinite"]
+    common = ("train", entry, *(part for one in overrides for part in ("--set", one)), "--device", device, "--out")
 
     def struck(training: Training, number: int, bar: object) -> dict:
-        if strikes and number == 2 and processes.index() == 1:
+        if number == 2 and processes.index() == 1:
             training.writing.wait()
-            os.kill(os.getpid(), doomed)
+            os.kill(os.getpid(), signal.SIGSTOP if resumes else signal.SIGKILL)
         return epoch(training, number, bar)
 
+    if resumes:
+        run(cli, *common, str(folder / "killed"))
     Training._epoch = struck
-    entry, overrides, _ = TRAININGS["momentum"]
-    common = [entry, *(part for override in overrides for part in ("--set", override)), "--device", "cpu"]
-    if processes.count() == 2:
-        run(cli, "train", *common, "--out", str(folder / "killed"))
-        strikes = True
-        run(cli, "train", *common, "--out", str(folder / "stopped"))
-    else:
-        run(cli, "train", *common, "--out", str(folder / "killed"))
+    run(cli, *common, str(folder / ("stopped" if resumes else "killed")))
 
 
 def run(cli, *arguments: str) -> None:
@@ -209,4 +214,4 @@ def run(cli, *arguments: str) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), sys.argv[2])

@@ -82,6 +82,8 @@ class Training:
         self.plan = plan(recipe, self.samples_per_epoch, device, rows_on=rows_on, first=initial_rows(self.source))
         self.plan.check(recipe.entry)
         log.info("%s", self.plan.summary(recipe.entry))
+        if processes.count() > 1:
+            log.info("%d processes train together, each with that much memory", processes.count())
         if self.plan.rows_on == "host":
             self._tell_of_streaming()
         with explained(self._ran_out):
@@ -167,6 +169,7 @@ class Training:
             reason = "a finite net in several processes is trained by the plain loop"
         if self.plan.rows_on == "host":
             reason = "its rows stream from the host"
+        reason = next(filter(None, processes.gathered(reason)), None)  # what one cannot, none does
         if asked and reason:
             raise RecipeError(f"{self.recipe.entry}: the engine cannot train this recipe: {reason}")
         return asked if asked is not None else self.device.type == "cuda" and reason is None
