@@ -40,8 +40,8 @@ def fill(run: Training, rows: int, more: int) -> None:
         layer.reserve(rows + more)
         for first in range(layer.count, rows, AT_ONCE):
             count = min(AT_ONCE, rows - first)
-            A, B = (torch.randn(count, part.shape[1], device="cuda") for part in (layer.A, layer.B))
-            layer.put(first, A, B / B.shape[1] ** 0.5, torch.full((count,), 1e-6, device="cuda"))
+            A, B = (torch.randn(count, part.shape[1], device=layer.device) for part in (layer.A, layer.B))
+            layer.put(first, A, B / B.shape[1] ** 0.5, torch.full((count,), 1e-6, device=layer.device))
         layer.grown(rows, 1.0)
     run.engine = run._make_engine()
 

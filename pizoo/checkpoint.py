@@ -15,6 +15,9 @@ A net while it trains (and after: any epoch can be loaded)::
     rows-00000.safetensors    A and B of the rows the net started with; then one immutable segment an epoch, its new rows
     state-00001.safetensors   what else an epoch's net is: input layer, biases, amult and its decay factor, optimizer
 
+Processes that train together write a segment each, ``rows-00007-1of4.safetensors``. Which rows it holds stands in the manifest,
+by numbers that do not depend on who held them: any number of processes loads what any number has written.
+
 A finite net has no segments, and its state files hold all of it. Every file is written under a temporary name, flushed and
 renamed, the manifest last: whatever interrupts a save, the epochs before it stay loadable.
 
@@ -43,7 +46,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from pizoo import models
+from pizoo import models, processes
 from pizoo.data import Dataset
 from pizoo.memory import HEADROOM, NotEnoughMemory, copied_to_host, free_memory, is_out_of_memory
 from pizoo.models.base import check_state, persistent_tensors
@@ -428,18 +431,25 @@ def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())
 
 
+class Segment(NamedTuple):
+    """A file with rows; ``rows``: name of a growing layer -> the numbers of the rows of that layer in it, in their order."""
+
+    path: Path
+    rows: dict[str, range]
+
+
 class State(NamedTuple):
     """A net's state as it lies in files. Rows, where nearly all of it is, are read when they are put into a net.
 
     Attributes:
         tensors: all of ``state_dict`` but growing layers' ``A``, ``B`` and ``amult``.
         stored: name of a growing layer -> (amult as stored, decay).
-        segments: files that hold ``A`` and ``B`` of rows, one after the other.
+        segments: files that hold ``A`` and ``B`` of rows.
     """
 
     tensors: dict[str, Tensor]
     stored: dict[str, tuple[Tensor, float]]
-    segments: list[Path]
+    segments: list[Segment]
 
     def check(self, model: nn.Module) -> None:
         """Raise RuntimeError unless it is the state of a net like ``model``: names, shapes, floating-point numbers."""
@@ -466,13 +476,10 @@ class State(NamedTuple):
         layers = growing_layers(model)
         for name, layer in layers.items():
             layer.reserve(len(self.stored[name][0]))
-        held = dict.fromkeys(layers, 0)
-        for path in self.segments:
+        for path, rows in self.segments:
             with opened(path) as file:
-                names = set(file.keys())
-                for name, layer in layers.items():
-                    if f"{name}.A" in names:
-                        held[name] += _read_rows(file, name, layer, self.stored[name][0], held[name])
+                for name in layers.keys() & rows.keys():
+                    _read_rows(file, name, layers[name], self.stored[name][0], rows[name])
         for name, layer in layers.items():
             amult, decay = self.stored[name]
             layer.grown(len(amult), decay)
@@ -480,7 +487,7 @@ class State(NamedTuple):
     def _row_shapes(self) -> dict[str, Tensor]:
         """``A`` and ``B`` of all layers, their segments joined, without their values."""
         parts: dict[str, list[Tensor]] = {}
-        for path in self.segments:
+        for path, _ in self.segments:
             with opened(path) as file:
                 for layer in self.stored:
                     for name in {f"{layer}.A", f"{layer}.B"}.intersection(file.keys()):
@@ -488,15 +495,15 @@ class State(NamedTuple):
         return {name: torch.cat(shapes) for name, shapes in parts.items()}
 
 
-def _read_rows(file: Any, name: str, layer: Rows, amult: Tensor, first: int) -> int:
-    """Read a segment's rows of a layer into its storage, from row ``first`` on; returns how many there are."""
+def _read_rows(file: Any, name: str, layer: Rows, amult: Tensor, numbers: range) -> None:
+    """Read a segment's rows of a layer into its storage; ``amult`` [M] is that of all rows."""
     A, B = (file.get_slice(f"{name}.{part}") for part in ("A", "B"))
     row_bytes = sum(storage.shape[1] * storage.element_size() for storage in layer.storages[:2])
-    count, at_once = A.get_shape()[0], max(1, READ_BYTES // row_bytes)
-    for start in range(0, count, at_once):
-        stop = min(start + at_once, count)
-        layer.put(first + start, A[start:stop], B[start:stop], amult[first + start : first + stop])
-    return count
+    at_once = max(1, READ_BYTES // row_bytes)
+    for start in range(0, len(numbers), at_once):
+        part = numbers[start : start + at_once]
+        stop = start + len(part)
+        layer.put(part.start, A[start:stop], B[start:stop], amult[part.start : part.stop : part.step], part.step)
 
 
 def _read_shipped(path: Path, digest: str | None, layers: Mapping[str, Rows]) -> State:
@@ -504,7 +511,10 @@ def _read_shipped(path: Path, digest: str | None, layers: Mapping[str, Rows]) ->
     parts = {f"{name}.{part}" for name in layers for part in ("A", "B")}
     tensors = read_tensors(path, digest, leave=parts.__contains__)
     amults = {name: tensors.pop(f"{name}.amult") for name in layers if f"{name}.amult" in tensors}
-    return State(tensors, {name: (amult, 1.0) for name, amult in amults.items()}, [path] if layers else [])
+    rows = {name: range(len(amult)) for name, amult in amults.items()}
+    return State(
+        tensors, {name: (amult, 1.0) for name, amult in amults.items()}, [Segment(path, rows)] if layers else []
+    )
 
 
 def _roomy_place(layers: Mapping[str, Rows], state: State, name: str) -> str:
@@ -545,7 +555,7 @@ class Epoch:
         optimizer: tensors of the optimizer, by name.
     """
 
-    def __init__(self, record: dict[str, Any], tensors: dict[str, Tensor], segments: list[Path]):
+    def __init__(self, record: dict[str, Any], tensors: dict[str, Tensor], segments: list[Segment]):
         self.record = record
         parts = {"model": {}, "amult": {}, "decay": {}, "optimizer": {}}
         for name, tensor in tensors.items():
@@ -587,13 +597,16 @@ def start_training(folder: Path, model: nn.Module, config: Mapping[str, Any]) ->
     """Begin a training checkpoint in an empty folder: config, first segment, manifest."""
     manifest = _begin(folder, model, config)
     _write_segment(folder, *_new_rows(model, manifest), manifest)
-    _write_manifest(folder, manifest)
+    if processes.index() == 0:
+        _write_manifest(folder, manifest)
+    processes.gathered(None, writing=True)  # nobody looks for the manifest before it is there
 
 
 def _begin(folder: Path, model: nn.Module, config: Mapping[str, Any]) -> dict[str, Any]:
     """Write ``config.json``; returns the manifest that goes with it, with nothing in it yet."""
     completed = complete(config, model, {})
-    write_json(folder / CONFIG, completed)
+    if processes.index() == 0:
+        write_json(folder / CONFIG, completed)
     return {"format": FORMAT, "config": completed["pizoo"]["sha256"], "epochs": [], "segments": []}
 
 
@@ -608,6 +621,8 @@ def save_epoch(
 ) -> None:
     """Add an epoch: a segment with the rows appended since the last, a state file, then the manifest that names them.
 
+    Of processes that train together each calls it, and writes a segment with its own rows; process 0 writes the rest.
+
     Args:
         record: JSON values to keep with it; ``record["epoch"]`` numbers it.
         optimizer: tensors of the optimizer, by name.
@@ -621,13 +636,18 @@ def save_epoch(
     layers = growing_layers(model)
     rows = {f"{name}.{part}" for name in layers for part in ("A", "B", "amult")}
     tensors = {f"model/{name}": tensor for name, tensor in persistent_tensors(model) if name not in rows}
-    tensors |= {f"amult/{name}": layer.stored_amult for name, layer in layers.items()}
+    tensors |= {f"amult/{name}": layer.gathered(layer.stored_amult) for name, layer in layers.items()}
     tensors |= {f"decay/{name}": torch.tensor(layer.decay, dtype=torch.float64) for name, layer in layers.items()}
     tensors |= {f"optimizer/{name}": tensor for name, tensor in optimizer.items()}
     tensors = {name: copied_to_host(tensor) for name, tensor in tensors.items()}
 
     def write() -> None:
         _write_segment(folder, new_rows, ranges, manifest)
+        if processes.index() == 0:
+            write_rest()
+        processes.gathered(None, writing=True)  # the next epoch begins with reading the manifest
+
+    def write_rest() -> None:
         if keep is not None:
             manifest["epochs"] = [old if old["epoch"] in keep else {**old, "state": None} for old in manifest["epochs"]]
         _write_state(folder, record, tensors, manifest)
@@ -700,10 +720,16 @@ def read_epoch(folder: Path, epoch: int | None = None) -> Epoch:
     """
     record, entries = _recorded(folder, read_manifest(folder), epoch)
     try:
-        segments = [check_file(folder / entry["file"], entry["sha256"]) for entry in entries]
-        _check_order(segments, entries)
+        segments = [
+            Segment(
+                check_file(folder / entry["file"], entry["sha256"]),
+                {name: range(*numbers) for name, numbers in entry["rows"].items()},
+            )
+            for entry in entries
+        ]
+        _check_order(segments)
         return Epoch(record, read_tensors(folder / record["state"]["file"], record["state"]["sha256"]), segments)
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
         raise CheckpointError(f"{folder / MANIFEST} or a state lacks something ({error!r}): it is damaged") from None
 
 
@@ -760,35 +786,60 @@ def _recorded(folder: Path, manifest: Mapping[str, Any], epoch: int | None = Non
         raise CheckpointError(f"{folder / MANIFEST} lacks something ({error!r}): it is damaged") from None
 
 
-def _check_order(segments: list[Path], entries: list[dict[str, Any]]) -> None:
-    """Raise CheckpointError unless each segment goes on where those before it end: the multipliers of rows are kept apart."""
-    held: dict[str, int] = {}
-    for path, entry in zip(segments, entries, strict=True):
+def _check_order(segments: list[Segment]) -> None:
+    """Raise CheckpointError unless segments together hold every row once, as they were written: multipliers are kept apart.
+
+    Those that several processes wrote of the same rows stand beside each other.
+    """
+    parts: dict[str, list[tuple[Path, range]]] = {}
+    for path, rows in segments:
         with opened(path) as file:
-            for name, (first, stop) in entry["rows"].items():
-                if (first, stop - first) != (held.get(name, 0), file.get_slice(f"{name}.A").get_shape()[0]):
-                    raise CheckpointError(
-                        f"{path} does not hold the rows from {first} to {stop} of {name}: it is another segment"
-                    )
-                held[name] = stop
+            if {tensor.rpartition(".")[0] for tensor in file.keys()} != set(rows):  # noqa: SIM118 (not a dict)
+                raise CheckpointError(f"{path} does not hold rows of {', '.join(rows)}: it is another segment")
+            for name, numbers in rows.items():
+                if len(numbers) != file.get_slice(f"{name}.A").get_shape()[0]:
+                    raise _another_segment(path, name, numbers)
+                parts.setdefault(name, []).append((path, numbers))
+    for name, found in parts.items():
+        held = torch.zeros(sum(len(numbers) for _, numbers in found), dtype=torch.bool)
+        begin = end = 0  # of the rows that processes which wrote together have written
+        for path, numbers in found:
+            if numbers.stop != end:
+                begin, end = end, numbers.stop
+            if not begin <= numbers.start < numbers.stop <= len(held) or held[numbers.start : end : numbers.step].any():
+                raise _another_segment(path, name, numbers)
+            held[numbers.start : end : numbers.step] = True
+
+
+def _another_segment(path: Path, name: str, numbers: range) -> CheckpointError:
+    every = f"one in {numbers.step} of " if numbers.step > 1 else ""
+    told = f"{path} does not hold {every}the rows from {numbers.start} to {numbers.stop} of {name}"
+    return CheckpointError(f"{told}, or not after those before it: it is another segment")
 
 
 def _new_rows(model: nn.Module, manifest: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, list[int]]]:
-    """The rows no segment holds yet, in host memory, and their range in each layer. Stored rows never change."""
+    """The rows held here that no segment holds yet, in host memory, and their numbers in each layer: first, end and, of
+    shares, step. Stored rows never change."""
     tensors, ranges = {}, {}
     for name, layer in growing_layers(model).items():
         held = max((s["rows"][name][1] for s in manifest["segments"] if name in s["rows"]), default=0)
-        if layer.count > held:
-            new = {"A": layer.A[held:].detach(), "B": layer.B[held:].detach()}
-            tensors |= {f"{name}.{part}": copied_to_host(rows) if rows.is_cuda else rows for part, rows in new.items()}
-            ranges[name] = [held, layer.count]
+        numbers = range(held + layer.share.first(held), layer.count, layer.share.of)
+        if not numbers or (not layer.shared and processes.index()):  # process 0 writes what all of them hold
+            continue
+        here = layer.share.count(held)
+        new = {"A": layer.A[here:].detach(), "B": layer.B[here:].detach()}
+        tensors |= {f"{name}.{part}": copied_to_host(rows) if rows.is_cuda else rows for part, rows in new.items()}
+        ranges[name] = [numbers.start, numbers.stop] + ([numbers.step] if layer.shared else [])
     return tensors, ranges
 
 
 def _write_segment(
     folder: Path, tensors: Mapping[str, Tensor], ranges: Mapping[str, list[int]], manifest: dict[str, Any]
 ) -> None:
-    """Write new rows, if there are any, and enter them into the manifest."""
+    """Write new rows, if there are any, and enter them, with those that other processes have written, into the manifest."""
+    entry = None
     if tensors:
-        file = f"rows-{len(manifest['segments']):05d}.safetensors"
-        manifest["segments"].append({"file": file, "sha256": write_tensors(folder / file, tensors), "rows": ranges})
+        own = f"-{processes.index()}of{processes.count()}" if processes.count() > 1 else ""
+        file = f"rows-{len(manifest['segments']):05d}{own}.safetensors"
+        entry = {"file": file, "sha256": write_tensors(folder / file, tensors), "rows": ranges}
+    manifest["segments"] += [entry for entry in processes.gathered(entry, writing=True) if entry is not None]

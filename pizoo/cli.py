@@ -4,6 +4,7 @@ overview | publish | data``."""
 from __future__ import annotations
 
 import json
+import os
 import sys
 import warnings
 from collections.abc import Iterable, Sequence
@@ -47,10 +48,28 @@ RowsOn = Annotated[
     ),
 ]
 EXIT_MISMATCH, EXIT_USAGE, EXIT_NOT_RUN = 1, 2, 3
+IN_PROCESSES = ("train", "evaluate")  # what several processes, started by torchrun, do together
 NAME_WIDTH, COLUMN_WIDTH = (
     13,
     12,
 )  # characters: of the longest entry's name; of any other column, with the gap before it
+
+
+def _leave_processes(*_: Any, **__: Any) -> None:
+    from pizoo import processes
+
+    processes.leave()
+
+
+@app.callback(result_callback=_leave_processes)
+def _in_processes(context: typer.Context) -> None:
+    from pizoo import processes
+
+    if processes.started() > 1 and context.invoked_subcommand not in IN_PROCESSES:
+        raise ValueError(
+            f"torchrun is for pizoo {' and '.join(IN_PROCESSES)}; run {context.invoked_subcommand} without it"
+        )
+    out.quiet = processes.started() > 1 and os.environ["RANK"] != "0"
 
 
 @app.command("list")
@@ -96,6 +115,7 @@ def train(
     ] = False,
 ) -> None:
     """Train a recipe. Run again with the same folder, it goes on where it was stopped."""
+    from pizoo import processes
     from pizoo.recipes import load_recipe
     from pizoo.training.seeds import parse_seeds, run_seeds
     from pizoo.training.train import train as run
@@ -109,6 +129,10 @@ def train(
     options = {"data_dir": data, "device": device, "rows_on": rows_on, "progress": err.is_terminal}
     try:
         if seeds is not None:
+            if processes.started() > 1:
+                raise ValueError(
+                    "--seeds trains one net after the other; under torchrun train one seed: --set train.seed=1"
+                )
             results = run_seeds(loaded, parse_seeds(seeds), folder, **options)
             rows = [(f"seed {one['seed']}", one) for one in results["seeds"]]
         else:
@@ -154,6 +178,7 @@ def _mean(results: dict[str, Any]) -> str:
 
 def _print_plan(recipe: Any, data: Path | None, device: str | None, rows_on: str) -> None:
     """What training a recipe would take, as a table."""
+    from pizoo import processes
     from pizoo.cards import duration
     from pizoo.data import training_images
     from pizoo.evaluation.accuracy import choose_device
@@ -165,10 +190,10 @@ def _print_plan(recipe: Any, data: Path | None, device: str | None, rows_on: str
 
     if recipe.train is None:
         raise ValueError(f"{recipe.entry} is a kernel, which is not trained: there is no training to plan")
+    chosen = processes.join(choose_device(device))
     samples = samples_per_epoch(recipe) if recipe.tasks else _training_images(recipe, data)
     first = initial_rows(source_net(recipe))
-    place = choose_device(device)
-    planned = plan(recipe, samples, place, estimate_time=True, rows_on=rows_on, first=first)
+    planned = plan(recipe, samples, chosen, estimate_time=True, rows_on=rows_on, first=first)
     row = (
         recipe.entry,
         f"{planned.steps:,}",
@@ -186,12 +211,12 @@ def _print_plan(recipe: Any, data: Path | None, device: str | None, rows_on: str
         target = recipe.transfer.data
         known = training_images(target.name) if target.path is None and target.keep is None else None
         count = target.subset or known or len(target.load(data).train_y)
-        size = kernel_bytes(count, count, 8, place, FACTORED) / 2**30
+        size = kernel_bytes(count, count, 8, chosen, FACTORED) / 2**30
         told = f"measuring transfer takes {size:.1f} GiB beside: a kernel of {count:,} images of {target.name} and its factor"
         out.print(told, markup=False, soft_wrap=True)
     planned.check(recipe.entry)
     if recipe.transfer:
-        check_measuring(recipe.transfer, count, place, planned.needed - HEADROOM)
+        check_measuring(recipe.transfer, count, chosen, planned.needed - HEADROOM)
 
 
 def _training_images(recipe: Any, data: Path | None) -> int:
@@ -648,8 +673,13 @@ def _show_warning(message: Warning | str, *where: Any) -> None:
 
 
 def _fail(error: Exception, code: int) -> NoReturn:
+    from pizoo import processes
+
     # Messages hold shapes and paths in brackets, which rich would take for markup.
     err.print(f"[red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
+    if processes.started() > 1:  # whatever still waits for the other processes is not waited for
+        sys.stderr.flush()
+        os._exit(code)
     sys.exit(code)
 
 

@@ -136,9 +136,8 @@ class InfPiLinear(Rows):
         """[b, r] -> [b, out_features], in g's dtype."""
         check_input(g, self.B.shape[1], name="g")
         gbar, s = unit(g.detach().to(torch.promote_types(g.dtype, torch.float32)))
-        out = _Growing.apply(
-            g, gbar, s, self.A.detach(), self.B.detach(), self.stored_amult, self.bmult, self.decay, self.layernorm
-        )
+        rows = (self.A.detach(), self.B.detach(), self.stored_amult, self.bmult)
+        out = _Growing.apply(g, gbar, s, *rows, self.shared, self.decay, self.layernorm)
         if self.training and self.A.requires_grad and torch.is_grad_enabled():
             # The rows to come contribute nothing yet; their gradient is what they will be.
             scale = gbar.new_ones(()) if self.layernorm else s
@@ -172,14 +171,15 @@ class _Growing(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, g, gbar, s, A, B, amult, bmult, decay, layernorm):
+    def forward(ctx, g, gbar, s, A, B, amult, bmult, shared, decay, layernorm):
         ctx.save_for_backward(gbar, s)
         # Rows stay out of save_for_backward: appending to the storage behind them does not change them.
-        ctx.rows, ctx.bmult, ctx.decay, ctx.layernorm = (A, B, amult), bmult, decay, layernorm
+        ctx.rows, ctx.options = (A, B, amult), {"bmult": bmult, "shared": shared}
+        ctx.decay, ctx.layernorm = decay, layernorm
         if A.is_cuda and len(A) <= FEW_ROWS and A.dtype.itemsize < 4:
             (A, B, amult), bmult = converted(A, B, amult, torch.float32), None
         with torch.autocast(g.device.type, enabled=False):
-            out = growing_forward(gbar, A, B, amult, bmult=bmult)
+            out = growing_forward(gbar, A, B, amult, bmult=bmult, shared=shared)
         return (out * (decay if layernorm else s * decay)).to(g.dtype)
 
     @staticmethod
@@ -187,11 +187,11 @@ class _Growing(torch.autograd.Function):
     def backward(ctx, delta):
         gbar, s = ctx.saved_tensors
         with torch.autocast(delta.device.type, enabled=False):
-            dg = growing_backward(gbar, *ctx.rows, delta.to(gbar.dtype) * ctx.decay, bmult=ctx.bmult)
+            dg = growing_backward(gbar, *ctx.rows, delta.to(gbar.dtype) * ctx.decay, **ctx.options)
         if ctx.layernorm:
             dg = dg - (dg * gbar).sum(1, keepdim=True) * gbar
             dg = dg / torch.where(s > 0, s, torch.ones_like(s))
-        return (dg.to(delta.dtype), *[None] * 8)
+        return (dg.to(delta.dtype), *[None] * 9)
 
 
 class _NewRows(torch.autograd.Function):

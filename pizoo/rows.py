@@ -7,17 +7,23 @@ appending b rows costs b rows however many there are.
 Rows in int8 hold ``A / max|A| * 127`` and ``B / max|B| * 127``, rounded. What ``A`` was divided by is part of ``amult``, where
 it costs nothing. ``B`` is known to have norm 1, so its integers say it all: they stand for ``bmult B`` with bmult one over
 their norm, which is derived from them wherever rows come from, and never saved.
+
+Processes that train together (:mod:`pizoo.processes`) may each hold a share of a layer's rows (:class:`Share`). Rows are
+numbered in the order in which they were appended, however many processes hold them.
 """
 
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
+from pizoo import processes
 from pizoo.functional import relu_kernel_of_gram
 from pizoo.memory import empty_on_host, to_host
 
@@ -31,6 +37,32 @@ DTYPES = (torch.int8, torch.float16, torch.bfloat16, torch.float32, torch.float6
 LARGEST = torch.iinfo(torch.int8).max
 CONVERTED_AT_ONCE = 65_536  # rows: those of another dtype pass through float32
 GROWTH = 1.5  # room made at once when nothing was reserved: appending stays linear in the rows appended
+
+
+@dataclass(frozen=True)
+class Share:
+    """Which rows of a layer are held here: of all its rows 0, 1, ..., those whose number is ``index`` modulo ``of``.
+
+    Appended rows are dealt in turn: shares differ by one row at most, whatever the batch size.
+    """
+
+    index: int = 0
+    of: int = 1
+
+    def count(self, total):
+        """How many of ``total`` rows (int, or an integer tensor) are held here."""
+        return total if self.of == 1 else (total - self.index + self.of - 1) // self.of
+
+    def first(self, total):
+        """Of rows that come after ``total`` others, the first held here; every ``of``-th after it is too."""
+        return (self.index - total) % self.of
+
+    def room(self, total: int) -> int:
+        """Rows to reserve for a share of ``total``: one more than it holds where a step writes as many in every process."""
+        return total if self.of == 1 else self.count(total) + 1
+
+
+WHOLE = Share()
 
 
 class Reserved:
@@ -227,11 +259,16 @@ class Rows(nn.Module):
     With ``rows_on`` "host" (:meth:`keep_rows_on`), ``A`` and ``B`` stay in host memory, page-locked, and the ops stream them
     to the device; ``amult``, the bias and pending rows are on the device. ``.to(device)`` moves those alone.
 
+    After :meth:`share_rows` these are a share of the rows; ``count`` and what rows are numbered by go on meaning all of them,
+    and so do :meth:`reserve`, :meth:`append`, :meth:`put`, :meth:`grown` and ``load_state_dict``.
+
     ``load_state_dict`` accepts any number of rows. ``state_dict`` shares memory with the rows only when no room is
     reserved behind them; else it copies, so that saving it does not save the empty room.
     """
 
     rows_on: Place = "device"
+    share: Share = WHOLE
+    _count: int  # of all rows, where a share is held
 
     def __init__(self, A: Tensor, B: Tensor, amult: Tensor):
         super().__init__()
@@ -243,12 +280,17 @@ class Rows(nn.Module):
 
     @property
     def count(self) -> int:
-        """M, the number of rows."""
-        return self._amult.count
+        """M, the number of rows, those that other processes hold included."""
+        return self._amult.count if self.share == WHOLE else self._count
+
+    @property
+    def shared(self) -> bool:
+        """Whether other processes hold rows of this layer, so that what the ops compute has to be summed."""
+        return self.share != WHOLE
 
     @property
     def capacity(self) -> int:
-        """How many rows fit into the reserved storage."""
+        """How many rows fit into the storage reserved here."""
         return min(part.capacity for part in self._parts)
 
     @property
@@ -281,7 +323,9 @@ class Rows(nn.Module):
         self._store(A, B, amult, decay, self.A.dtype)
 
     def _store(self, A: Tensor, B: Tensor, amult: Tensor, decay: float, dtype: torch.dtype) -> None:
-        if problem := rows_problem(A, B, amult, r=self.B.shape[1], r_out=self.A.shape[1]):
+        if problem := rows_problem(
+            A, B, amult, r=self.B.shape[1], r_out=self.A.shape[1], at_least=0 if self.shared else 1
+        ):
             raise ValueError(problem)
         check_rows_dtype(dtype)
         device = self.device
@@ -327,8 +371,41 @@ class Rows(nn.Module):
         """
         self._store(self.A.data, self.B.data, self.stored_amult, self.decay, dtype)
 
+    @torch.no_grad()
+    def share_rows(self) -> None:
+        """Keep this process's share of the rows, of which every process has all. Where there is one process, it keeps all.
+
+        Raises:
+            RuntimeError: they are shared already.
+        """
+        if self.shared:
+            raise RuntimeError(f"this layer holds share {self.share.index} of {self.share.of} already")
+        share = Share(processes.index(), processes.count())
+        if share == WHOLE:
+            return
+        count, device, dtype = self.count, self.device, self.A.dtype
+        self._count, self.share = count, share
+        for name in ("_A", "_B"):
+            own = getattr(self, name).used[share.index :: share.of].clone()
+            setattr(self, name, self._placed(own, dtype, device))
+            self._point()  # lets go of the old storage before the next part is copied
+        self._amult = Reserved(self._amult.used[share.index :: share.of].clone())
+        if self._bmult is not None:
+            self._bmult = Reserved(self._bmult.used[share.index :: share.of].clone())
+
+    def gathered(self, numbers: Tensor) -> Tensor:
+        """Numbers of all rows [M], in their order, from those of the rows held here. Every process must ask."""
+        return processes.interleaved(numbers, self.count) if self.shared else numbers
+
+    def dealt(self, numbers: Tensor) -> Tensor:
+        """Of numbers of all rows [M, ...] those of the rows held here."""
+        return numbers[self.share.index :: self.share.of]
+
     def reserve(self, capacity: int) -> None:
         """Reserve storage for ``capacity`` rows in all, so that appending up to there moves nothing."""
+        self._reserve_here(self.share.room(capacity))
+
+    def _reserve_here(self, capacity: int) -> None:
         for part in self._parts:
             part.reserve(capacity)
             self._point()  # lets go of the old storage before the next part is copied
@@ -341,7 +418,7 @@ class Rows(nn.Module):
         takes moved into ``amult``: only the product counts, and float16 would lose the small ones.
 
         Returns:
-            that factor of each row [k] (1 for float32 and float64), for whoever keeps numbers per row beside these.
+            that factor of each row held here (1 for float32 and float64), for whoever keeps numbers per row beside these.
 
         Raises:
             ValueError: shapes other than these; nothing is appended.
@@ -353,17 +430,30 @@ class Rows(nn.Module):
                 f"new rows have shapes A {list(A.shape)}, B {list(B.shape)}, amult {list(numbers)}; "
                 f"they must be [k, {r_out}], [k, {r}], [k] with one k"
             )
+        if self.shared:
+            own = slice(self.share.first(self.count), None, self.share.of)
+            A, B = A[own], B[own]
+            amult = amult[own] if isinstance(amult, Tensor) and amult.ndim else amult
+            self._count += k
         (A, scale), (B, *bmult) = scaled(A, self.A.dtype), directed(B, self.A.dtype)
         for part, new in zip(self._parts, (A, B, scale * (amult / self.decay), *bmult), strict=True):
             part.append(new)
         self._point()
         return scale
 
-    def put(self, first: int, A: Tensor, B: Tensor, amult: Tensor) -> None:
-        """Write k rows of any dtype over those from ``first`` on, or into the room behind them (:meth:`grown` counts them)."""
-        new = converted(A, B, amult, self.A.dtype)
-        for storage, part in zip(self.storages, new, strict=True):
-            storage[first : first + len(A)] = part
+    def put(self, first: int, A: Tensor, B: Tensor, amult: Tensor, step: int = 1) -> None:
+        """Write k rows of any dtype over every ``step``-th from ``first`` on, or into the room behind them.
+
+        Those in the room behind are none before :meth:`grown` counts them. Of a share, those not held here are left out.
+        """
+        index, of = self.share.index, self.share.of
+        period = of // math.gcd(step, of)
+        for j in range(min(period, len(A))):
+            if (first + j * step) % of == index:
+                new = converted(A[j::period], B[j::period], amult[j::period], self.A.dtype)
+                begin, stride = (first + j * step) // of, step * period // of
+                for storage, part in zip(self.storages, new, strict=True):
+                    storage[begin : begin + stride * len(part) : stride] = part
 
     @property
     def storages(self) -> tuple[Tensor, ...]:
@@ -372,8 +462,10 @@ class Rows(nn.Module):
 
     def grown(self, count: int, decay: float) -> None:
         """Take note of rows written into :attr:`storages`: ``count`` are in use, under this decay factor."""
+        if self.shared:
+            self._count = count
         for part in self._parts:
-            part.count = count
+            part.count = self.share.count(count)
         self.decay = decay
         self._point()
 
@@ -405,7 +497,7 @@ class Rows(nn.Module):
                     self.A, self.B = GrowingWeight(self.A.data), RowsParameter(self.B.data)
                 self.A.requires_grad, self.B.requires_grad = A_trained, B_trained
             self.set_rows(self.A.data, self.B.data, amult, self.decay)
-            self.reserve(capacity)
+            self._reserve_here(capacity)
         if pending is not None:
             device = self.device
             self.A.grad = pending.apply(lambda t: t.to(device, torch.promote_types(self.A.dtype, torch.float32)))
@@ -423,9 +515,14 @@ class Rows(nn.Module):
             self._bmult.storage = self._bmult.storage.to(empty.device)
         if empty.dtype != self.A.dtype:
             self.to_rows_dtype(empty.dtype)
-            self.reserve(capacity)
+            self._reserve_here(capacity)
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
+        if self.shared:
+            raise RuntimeError(
+                f"{prefix or 'this layer '}holds {len(self.A)} of its {self.count} rows, other processes the rest: load all of "
+                "them from the training's checkpoint (pizoo.load)"
+            )
         super()._save_to_state_dict(destination, prefix, keep_vars)
         for name, part in (("A", self._A), ("B", self._B)):
             if part.capacity > part.count and not keep_vars:
@@ -439,6 +536,9 @@ class Rows(nn.Module):
         elif problem := rows_problem(**rows, r=self.B.shape[1], r_out=self.A.shape[1], prefix=prefix):
             errors.append(problem)
         else:
+            if self.shared:
+                self._count = len(rows["amult"])
+                rows = {name: self.dealt(part) for name, part in rows.items()}
             if local_metadata.get("assign_to_params_buffers", False):  # as torch: the state's dtype and device
                 self.A = GrowingWeight(rows["A"].detach(), self.A.requires_grad)
                 self.B = RowsParameter(rows["B"].detach(), self.B.requires_grad)
@@ -555,11 +655,13 @@ def check_place(place: str, *more: str) -> None:
         raise ValueError(f"rows_on is {place!r}; it must be one of {', '.join(map(repr, places))}")
 
 
-def rows_problem(A: Tensor, B: Tensor, amult: Tensor, r: int, r_out: int, prefix: str = "") -> str | None:
+def rows_problem(
+    A: Tensor, B: Tensor, amult: Tensor, r: int, r_out: int, prefix: str = "", at_least: int = 1
+) -> str | None:
     """What is wrong with these as the rows of a layer from rank ``r`` to ``r_out``, in words; None if nothing is."""
     shapes = f"{prefix}A {list(A.shape)}, {prefix}B {list(B.shape)}, {prefix}amult {list(amult.shape)}"
-    wanted = f"[M, {r_out}], [M, {r}], [M] with one M of at least 1"
+    wanted = f"[M, {r_out}], [M, {r}], [M] with one M of at least {at_least}"
     fits = A.ndim == B.ndim == 2 and A.shape[1] == r_out and B.shape[1] == r and amult.ndim == 1
-    if not fits or not len(A) == len(B) == len(amult) > 0:
+    if not fits or not len(A) == len(B) == len(amult) >= at_least:
         return f"rows have shapes {shapes}; they must be {wanted}"
     return None

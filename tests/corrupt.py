@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import torch
 from safetensors.torch import load as load_tensors
+from safetensors.torch import load_file
 
 import pizoo
 from pizoo import checkpoint, zoo
@@ -33,6 +34,7 @@ TRAININGS = {
     "int8": ("digits_infpi", (*TINY, "train.dtype=int8")),
     "momentum": ("digits_infpi", (*TINY, "train.momentum=0.9", "train.dtype=float16")),
     "finite": ("digits_finpi", (*TINY, "model.width=16", "train.momentum=0.9")),
+    "shares": ("digits_infpi", (*TINY, "train.dtype=float16", "train.weight_decay=0.01")),
 }
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:%b\nsize 12345\n" % (b"0" * 64)
 CONFIG, MANIFEST, MODEL, PROBE_FILE = "config.json", "checkpoint.json", "model.safetensors", "probe.safetensors"
@@ -81,6 +83,7 @@ def subjects(folder: Path) -> list[Subject]:
         shutil.copytree(zoo.card(entry), folder / entry, ignore=shutil.ignore_patterns("*.png", "tuned"))
     for name, (entry, overrides) in TRAININGS.items():
         pizoo.train(load_recipe(entry, overrides), folder / name, device="cpu")
+    split(folder / "shares")
     made = []
     for path in (folder / name for name in (*CARDS, *TRAININGS)):
         files = {
@@ -89,6 +92,23 @@ def subjects(folder: Path) -> list[Subject]:
         earlier = [pizoo.load(path, epoch=int(name[6:11])) for name in files if name.startswith("state-")]
         made.append(Subject(path.name, files, pizoo.load(path), earlier))
     return made
+
+
+def split(folder: Path, of: int = 2) -> None:
+    """Make the checkpoint of a training what ``of`` processes would have written."""
+    manifest, segments = checkpoint.read_manifest(folder), []
+    for entry in manifest["segments"]:
+        tensors = load_file(folder / entry["file"])
+        (folder / entry["file"]).unlink()
+        for k in range(of):
+            first = {name: (k - start) % of for name, (start, _) in entry["rows"].items()}
+            own = {key: part[first[key.rpartition(".")[0]] :: of] for key, part in tensors.items()}
+            rows = {name: [start + first[name], stop, of] for name, (start, stop) in entry["rows"].items()}
+            file = entry["file"].replace(".safetensors", f"-{k}of{of}.safetensors")
+            segments.append({"file": file, "sha256": checkpoint.write_tensors(folder / file, own), "rows": rows})
+    epochs = [{**record, "segments": of * record["segments"]} for record in manifest["epochs"]]
+    manifest |= {"segments": segments, "epochs": epochs}
+    checkpoint.write_json(folder / MANIFEST, {**manifest, "sha256": json_sha256(manifest)})
 
 
 # ---------------------------------------------------------------------------------------------------- tools

@@ -57,7 +57,7 @@ def test_the_fuzzing_notices_when_a_check_is_left_out(made, check, tmp_path, mon
     left_out = {
         "check_file": lambda path, digest=None: path,
         "config_digest": lambda config: config["pizoo"].get("sha256"),
-        "_check_order": lambda segments, entries: None,
+        "_check_order": lambda segments: None,
     }
     monkeypatch.setattr(checkpoint, check, left_out[check])
     outcomes = (outcome for _, _, outcome in corrupt.fuzz(2000, made, tmp_path))

@@ -59,13 +59,17 @@ def characters(count: int, rng: np.random.RandomState, side: int) -> np.ndarray:
     return np.where(ink ^ flipped, 255, 0).astype(np.uint8)
 
 
-@pytest.fixture(scope="module")
-def pools() -> dict[str, TaskPool]:
+def made_up_pools() -> dict[str, TaskPool]:
     rng = np.random.RandomState(0)
     return {
         part: TaskPool(part, torch.from_numpy(characters(count, rng, 28))[:, :, None])
         for part, count in CLASSES.items()
     }
+
+
+@pytest.fixture(scope="module")
+def pools() -> dict[str, TaskPool]:
+    return made_up_pools()
 
 
 @pytest.fixture(scope="module")

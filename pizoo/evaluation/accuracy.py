@@ -9,6 +9,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from pizoo import processes
+from pizoo.rows import Rows
+
 EVALUATION_BATCH = 1000
 
 
@@ -31,6 +34,9 @@ def predict(
 ) -> Tensor:
     """Logits of a net in eval mode for raw inputs.
 
+    In several processes, all of which must ask: each computes a part of the inputs, or, of a net whose rows are shared, its
+    part of every logit.
+
     Args:
         model: a net or an attached kernel regressor; its mode is restored afterwards.
         x: raw inputs [n, ...] as the data set holds them, on any device.
@@ -42,12 +48,23 @@ def predict(
     """
     anchor = next((t for t in (*model.parameters(), *model.buffers())), x)
     training = model.training
+
+    def of(x: Tensor) -> Tensor:
+        parts = [model(normalize(part.to(anchor.device), anchor.dtype)).cpu() for part in x.split(batch_size)]
+        return torch.cat(parts)
+
     model.eval()
     try:
-        parts = [model(normalize(part.to(anchor.device), anchor.dtype)).cpu() for part in x.split(batch_size)]
+        return over_processes(model, of, x)
     finally:
         model.train(training)
-    return torch.cat(parts)
+
+
+def over_processes(model: nn.Module, function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """``function(x)`` [n, ...], which ``model`` computes: of x [n, ...] every process takes a part, unless the net's rows are
+    shared already, and has the whole afterwards."""
+    shared = any(isinstance(module, Rows) and module.shared for module in model.modules())
+    return function(x) if shared else processes.split(function, x)
 
 
 def correct(logits: Tensor, y: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pizoo import checkpoint, zoo
+from pizoo import checkpoint, processes, zoo
 from pizoo.data import Dataset, TaskPool, load_tasks, read_images
 from pizoo.evaluation.accuracy import accuracy, choose_device, predict
 from pizoo.evaluation.fewshot import measure_splits
@@ -32,6 +32,8 @@ def evaluate(
     ridge: float | None = None,
 ) -> dict[str, Any]:
     """Test accuracy of an entry, a checkpoint, or a net loaded from one.
+
+    In processes started by ``torchrun`` each computes a part of the images, of an entry or checkpoint; all return the same.
 
     Args:
         model_or_entry: what :func:`pizoo.load` takes, or what it gave.
@@ -56,7 +58,7 @@ def evaluate(
     if isinstance(model_or_entry, nn.Module):
         model = model_or_entry if device is None else model_or_entry.to(device)
     else:
-        model = zoo.load(model_or_entry, device=choose_device(device), epoch=epoch, rows_on=rows_on)
+        model = zoo.load(model_or_entry, device=processes.join(choose_device(device)), epoch=epoch, rows_on=rows_on)
     if not hasattr(model, "config"):
         raise ValueError(
             "model was not loaded by pizoo.load: its data and preprocessing are unknown; call predict instead"

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from pizoo import checkpoint, kernels
+from pizoo.evaluation.accuracy import over_processes
 from pizoo.models import PiNet
 from pizoo.models.base import batched
 
@@ -57,6 +58,8 @@ def features(
 ) -> Tensor:
     """What the feature kernel is a kernel of, on the net's device: the net's ``features`` in eval mode, [n, num_features].
 
+    In several processes, all of which must ask, each computes a part of them.
+
     Args:
         x: inputs as the net takes them, on any device.
         batch_size: inputs at a time.
@@ -77,7 +80,7 @@ def features(
 
     model.eval()
     try:
-        found = batched(of, x, batch_size)
+        found = over_processes(model, lambda part: batched(of, part, batch_size), x).to(anchor.device)
     finally:
         model.train(training)
     return found.to(dtype or torch.promote_types(found.dtype, torch.float32))

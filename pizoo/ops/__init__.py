@@ -2,6 +2,8 @@
 
 ``reference`` says what is computed; ``blocked`` (plain torch, little memory) and ``triton`` (fused, CUDA) compute the
 same, and ``streamed`` hands them rows that stay in host memory. The choice follows device, dtype and shape.
+Everything computed here is a sum over rows: where processes hold a share of them each (``shared``), what each has computed is
+summed over all processes, which must see the same ``gbar`` and ``delta``, and all have the result.
 ``PIZOO_OPS=reference|blocked|triton`` forces one for a process, :func:`use` for a block of code.
 """
 
@@ -18,6 +20,8 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from pizoo import processes
+
 __all__ = ["fused", "growing_backward", "growing_forward", "growing_forward_jacobian", "use"]
 
 IMPLEMENTATIONS = ("reference", "blocked", "triton")
@@ -28,10 +32,16 @@ _failed = False
 
 
 def growing_forward(
-    gbar: Tensor, A: Tensor, B: Tensor, amult: Tensor, count: Tensor | None = None, bmult: Tensor | None = None
+    gbar: Tensor,
+    A: Tensor,
+    B: Tensor,
+    amult: Tensor,
+    count: Tensor | None = None,
+    bmult: Tensor | None = None,
+    shared: bool = False,
 ) -> Tensor:
     """``F00(gbar Bᵀ) (amult A)``, [b, r_out]; see :func:`pizoo.ops.reference.growing_forward`."""
-    return _run("growing_forward", gbar, A, B, amult, count=count, bmult=bmult)
+    return _run("growing_forward", shared, gbar, A, B, amult, count=count, bmult=bmult)
 
 
 def growing_backward(
@@ -42,21 +52,28 @@ def growing_backward(
     delta: Tensor,
     count: Tensor | None = None,
     bmult: Tensor | None = None,
+    shared: bool = False,
 ) -> Tensor:
     """Gradient at the layer's input, [b, r]; see :func:`pizoo.ops.reference.growing_backward`."""
     if delta.shape != (len(gbar), A.shape[-1]):
         raise ValueError(f"delta has shape {tuple(delta.shape)}; it must be [b, r_out] = {(len(gbar), A.shape[-1])}")
-    return _run("growing_backward", gbar, A, B, amult, delta, count=count, bmult=bmult)
+    return _run("growing_backward", shared, gbar, A, B, amult, delta, count=count, bmult=bmult)
 
 
 def growing_forward_jacobian(
-    gbar: Tensor, A: Tensor, B: Tensor, amult: Tensor, count: Tensor | None = None, bmult: Tensor | None = None
+    gbar: Tensor,
+    A: Tensor,
+    B: Tensor,
+    amult: Tensor,
+    count: Tensor | None = None,
+    bmult: Tensor | None = None,
+    shared: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Output [b, r_out] and Jacobian [b, r_out, r] in one pass over the rows, for narrow layers (a read-out).
 
     See :func:`pizoo.ops.reference.growing_forward_jacobian`.
     """
-    return _run("growing_forward_jacobian", gbar, A, B, amult, count=count, bmult=bmult)
+    return _run("growing_forward_jacobian", shared, gbar, A, B, amult, count=count, bmult=bmult)
 
 
 @contextmanager
@@ -80,12 +97,20 @@ def fused(gbar: Tensor, A: Tensor, op: str = "growing_forward") -> bool:
     return can and _module("triton").supports(op, gbar, A)
 
 
-def _run(op: str, gbar: Tensor, A: Tensor, B: Tensor, amult: Tensor, *delta: Tensor, **options: Tensor | None):
+def _run(op: str, shared: bool, gbar: Tensor, *rows: Tensor, **options: Tensor | None):
+    found = _run_here(op, gbar, *rows, **options)
+    if not shared:
+        return found
+    return processes.summed(*found) if isinstance(found, tuple) else processes.summed(found)[0]
+
+
+def _run_here(op: str, gbar: Tensor, A: Tensor, B: Tensor, amult: Tensor, *delta: Tensor, **options: Tensor | None):
+    """``op`` on the rows of this process."""
     _check_rows(gbar, A, B, amult, options["bmult"])
     forced = _check_name(_forced)
     if A.device.type == "cpu" and gbar.device.type != "cpu":
         return getattr(_module("streamed"), op)(gbar, A, B, amult, *delta, **options)
-    if fused(gbar, A, op):
+    if len(A) and fused(gbar, A, op):  # a share of few rows may be none
         try:
             return getattr(_module("triton"), op)(gbar, A, B, amult, *delta, **options)
         except (torch.OutOfMemoryError, torch.AcceleratorError):

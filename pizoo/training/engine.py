@@ -38,15 +38,39 @@ SMALLEST_DECAY = 1e-25  # within an epoch: beyond it amult / decay would leave f
 
 
 class GrowingState:
-    """A growing layer as the engine sees it: whole storages, and on the device what the layer keeps in Python."""
+    """A growing layer as the engine sees it: whole storages, and on the device what the layer keeps in Python.
+
+    Attributes:
+        count: of all its rows, int64 [1].
+        held: of those in these storages, int64 [1]; fewer where processes share the rows.
+    """
 
     def __init__(self, layer: InfPiLinear):
-        self.layer = layer
+        self.layer, self.share = layer, layer.share
         self.storages = layer.storages
         self.rows, (self.bmult,) = self.storages[:3], self.storages[3:] or (None,)
         self.dtype, device = layer.A.dtype, layer.device
         self.count = torch.tensor([layer.count], device=device)
+        self.held = self.share.count(self.count)
         self.decay = torch.tensor([layer.decay], dtype=torch.float64, device=device)
+
+    @property
+    def options(self) -> tuple:
+        """What the ops take beside rows and inputs."""
+        return self.held, self.bmult, self.layer.shared
+
+    def grow(self, appended: Tensor) -> None:
+        """Count rows that were dealt."""
+        self.count.add_(appended)
+        if self.layer.shared:
+            self.held.copy_(self.share.count(self.count))
+
+    def dealt(self, new: int) -> slice | Tensor:
+        """Which of ``new`` rows to write here. In every step as many: one too many lies behind those counted."""
+        if not self.layer.shared:
+            return slice(None)
+        turns = torch.arange(0, new, self.share.of, device=self.count.device)
+        return (self.share.first(self.count) + turns).clamp(max=new - 1)
 
     def sync(self) -> None:
         """Tell the layer how far it has grown."""
@@ -200,7 +224,8 @@ class Engine:
                     tensor.copy_(value)
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        # Threads that watch over collectives, or write a checkpoint, may ask about other work meanwhile.
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             self._take_step(size, self._compute)
         return graph.replay
 
@@ -208,7 +233,7 @@ class Engine:
         """Everything a step changes, but rows."""
         yield from (self.position, self.step, self.finite, self.told)
         for state in self.growing:
-            yield from (state.count, state.decay)
+            yield from (state.count, state.held, state.decay)
         rows = {id(p) for state in self.growing for p in (state.layer.A, state.layer.B)}
         yield from (p.data for p in self.model.parameters() if id(p) not in rows)
 
@@ -290,9 +315,9 @@ class Engine:
             layer, (gbar, s) = state.layer, unit(g)
             scale = state.decay if layer.layernorm else s * state.decay
             if self._one_pass and state is self.growing[-1]:
-                out, jacobian = library.growing_forward_jacobian(gbar, *state.rows, state.count, state.bmult)
+                out, jacobian = library.growing_forward_jacobian(gbar, *state.rows, *state.options)
             else:
-                out, jacobian = library.growing_forward(gbar, *state.rows, state.count, state.bmult), None
+                out, jacobian = library.growing_forward(gbar, *state.rows, *state.options), None
             entered.append((gbar, s, jacobian))
             g = layer.alpha * _biased((out * scale).to(g.dtype), layer)
         return g, entered
@@ -311,7 +336,7 @@ class Engine:
             if jacobian is not None:
                 dg = (decayed.to(jacobian.dtype)[:, :, None] * jacobian).sum(1)
             else:
-                dg = library.growing_backward(gbar, *state.rows, decayed.to(delta.dtype), state.count, state.bmult)
+                dg = library.growing_backward(gbar, *state.rows, decayed.to(delta.dtype), *state.options)
             if layer.layernorm:
                 dg = dg - (dg * gbar).sum(1, keepdim=True) * gbar
                 dg = dg / torch.where(s > 0, s, torch.ones_like(s))
@@ -375,11 +400,12 @@ class Engine:
                 state = next(growing)
                 decay = state.decay * torch.where(self.finite, kept, 1.0)
                 state.decay.copy_(decay)
-                A, scale = scaled(gradient.delta * gradient.scale * factor, state.dtype)
-                B, *bmult = directed(gradient.inputs, state.dtype)
+                own = state.dealt(len(gradient.delta))
+                A, scale = scaled(gradient.delta[own] * gradient.scale[own] * factor, state.dtype)
+                B, *bmult = directed(gradient.inputs[own], state.dtype)
                 amult = scale * (-step / decay).to(scale.dtype)
-                new_rows.append((state.count.clone(), A, B, amult, *bmult))
-                state.count.add_(self.finite * len(A))
+                new_rows.append((state.held.clone(), A, B, amult, *bmult))
+                state.grow(self.finite * len(gradient.delta))
             else:
                 pair = (gradient.inputs, gradient.delta)
                 exact = accumulate_dtype(gradient.delta.dtype)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
+from pizoo import processes
 from pizoo.functional import unit
 from pizoo.memory import HEADROOM, NotEnoughMemory, free_memory, to_host
 from pizoo.ops import growing_backward, growing_forward, streamed
@@ -31,7 +32,7 @@ class Plan:
         device: where it computes.
         steps: of the whole training.
         rows: final number of rows of the largest growing layer (0 for finite nets).
-        row_bytes: of all growing layers at the end.
+        row_bytes: of all growing layers at the end; of what one process holds of them where several train together.
         rows_on: where they are kept: "device", or "host", from where they stream to the device.
         needed: bytes in all, on the device: rows unless they are on the host, data, and headroom for all else.
         available: bytes free on the device now.
@@ -148,9 +149,10 @@ def plan(
     multipliers = 2 if itemsize == 1 else 1  # int8 rows have bmult beside amult
     mult_bytes = sum(last for _, _, last in layers) * multipliers * max(4, itemsize)
     row_bytes = sum(last * itemsize * (r_out + recipe.model.r) for r_out, _, last in layers) + mult_bytes
+    row_bytes, mult_bytes = (math.ceil(part / processes.count()) for part in (row_bytes, mult_bytes))
     data = 0 if recipe.tasks else samples * recipe.data.d * (4 + 1)  # all of Omniglot, rotated, is 100 MB
     beside = data + HEADROOM
-    available, host_available = free_memory(device), free_memory(CPU)
+    available, host_available = _free(device), _free(CPU)
     host_needed = row_bytes - mult_bytes + HEADROOM
     on_host = device.type == "cuda" and bool(layers) and rows_on != "device"
     if rows_on == "auto":
@@ -159,7 +161,7 @@ def plan(
     if estimate_time and layers:
         batch = math.ceil(samples / steps_per_epoch)
         of_rows = sum(
-            _seconds_per_row(recipe, r_out, batch, device, on_host) * (before + last) / 2
+            _seconds_per_row(recipe, r_out, batch, device, on_host) * (before + last) / 2 / processes.count()
             for r_out, before, last in layers
         )
         graph = device.type == "cuda" and not on_host and not recipe.tasks
@@ -199,6 +201,12 @@ def check_solving(recipe: Recipe, samples: int, device: torch.device) -> None:
             f"its factor; {available / 2**30:.1f} GiB are free on {device}. A GPU may have them, or take a data.subset of less "
             f"than {fitting:,}"
         )
+
+
+def _free(device: torch.device) -> int:
+    """Bytes that are free for every process: all of them plan alike."""
+    beside_each_other = processes.on_this_machine() if device.type == "cpu" else 1
+    return min(processes.gathered(free_memory(device) // beside_each_other))
 
 
 def _layers(recipe: Recipe, appended: int, first: Mapping[str, int]) -> list[tuple[int, int, int]]:

@@ -16,10 +16,10 @@ from pizoo.rows import GrowingWeight
 
 
 def optimizer_tensors(model: nn.Module, optimizer: PiSGD) -> dict[str, Tensor]:
-    """The optimizer's tensors (velocities), named after the parameters they belong to."""
+    """The optimizer's tensors (velocities), named after the parameters they belong to; of rows, those of all rows."""
     names = {param: name for name, param in model.named_parameters()}
     return {
-        f"{key}.{names[param]}": value
+        f"{key}.{names[param]}": param.rows.gathered(value) if isinstance(param, GrowingWeight) else value
         for param, state in optimizer.state.items()
         for key, value in state.items()
         if isinstance(value, Tensor)
@@ -43,8 +43,10 @@ def restore(model: nn.Module, optimizer: PiSGD, epoch: Epoch) -> None:
     for name, value in epoch.optimizer.items():
         key, _, param = name.partition(".")
         owner = params[param]
-        device = owner.rows.device if isinstance(owner, GrowingWeight) else owner.device
-        optimizer.state[owner][key] = value.to(device)
+        if isinstance(owner, GrowingWeight):
+            optimizer.state[owner][key] = owner.rows.dealt(value).to(owner.rows.device)
+        else:
+            optimizer.state[owner][key] = value.to(owner.device)
 
 
 class Behind:
@@ -82,8 +84,8 @@ class Snapshot:
             tensor.copy_(self.tensors[name])
         for name, layer in growing_layers(model).items():
             count, amult, decay = self.rows[name]
-            layer.stored_amult[:count] = amult
             layer.grown(count, decay)
+            layer.stored_amult.copy_(amult)
 
     def _dense(self, model: nn.Module):
         """Names and tensors of all but rows."""

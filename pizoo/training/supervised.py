@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pizoo import __version__, checkpoint, ops
+from pizoo import __version__, checkpoint, ops, processes
 from pizoo.data import Dataset, epoch_order
 from pizoo.evaluation.accuracy import accuracy, predict
 from pizoo.memory import explained
@@ -85,6 +85,8 @@ class Training:
         self.plan = plan(recipe, self.samples_per_epoch, device, rows_on=rows_on, first=initial_rows(self.source))
         self.plan.check(recipe.entry)
         log.info("%s", self.plan.summary(recipe.entry))
+        if processes.count() > 1:
+            log.info("%d processes train together, each with that much memory", processes.count())
         if self.plan.rows_on == "host":
             self._tell_of_streaming()
         with explained(self._ran_out):
@@ -129,10 +131,23 @@ class Training:
         self.growing = checkpoint.growing_layers(self.model)
         for layer in self.growing.values():
             layer.keep_rows_on(self.plan.rows_on)
-            if layer.A.requires_grad and (layer.role == "hidden" or settings.last_layer_lr_mult):
+            grows = layer.A.requires_grad and (layer.role == "hidden" or settings.last_layer_lr_mult)
+            if grows or layer.count >= processes.count():  # not the read-out of one row that few-shot learners keep
+                layer.share_rows()
+            if grows:
                 layer.reserve(layer.count + self.samples_per_epoch * settings.epochs)
+        self.net = self._in_parallel()
         self._begin_or_resume()
         self.engine = self._make_engine() if self._wants_engine(engine) else None
+
+    def _in_parallel(self) -> nn.Module:
+        """What computes a batch: the net itself; of finite nets in several processes one in which each computes its part."""
+        if self.growing or processes.count() == 1:
+            return self.model
+        devices = [self.device] if self.device.type == "cuda" else None
+        with warnings.catch_warnings():  # torch renames the option; no other name does the same in every version
+            warnings.simplefilter("ignore", FutureWarning)
+            return nn.parallel.DistributedDataParallel(self.model, device_ids=devices, broadcast_buffers=False)
 
     @staticmethod
     def check_data(recipe: Recipe, dataset: Dataset) -> None:
@@ -153,8 +168,11 @@ class Training:
         reason = self._cannot()
         if self.device.type == "cuda" and not all(ops.fused(layer.B[:1], layer.A) for layer in self.growing.values()):
             reason = "there are no fused kernels for its rows on this device"
+        if self.net is not self.model:
+            reason = "a finite net in several processes is trained by the plain loop"
         if self.plan.rows_on == "host":
             reason = "its rows stream from the host"
+        reason = next(filter(None, processes.gathered(reason)), None)  # what one cannot, none does
         if asked and reason:
             raise RecipeError(f"{self.recipe.entry}: the engine cannot train this recipe: {reason}")
         return asked if asked is not None else self.device.type == "cuda" and reason is None
@@ -197,7 +215,8 @@ class Training:
             try:
                 for epoch in range(already, settings.epochs):
                     with explained(self._ran_out):
-                        self.history.append(self._epoch(epoch, bar))
+                        self.history.append(processes.of_first(self._epoch(epoch, bar)))
+                        processes.equalise(self._held_by_all())
                         if self._best_epoch() == epoch + 1:
                             self.best = Snapshot(self.model)
                         if self.folder is not None:
@@ -205,15 +224,22 @@ class Training:
             finally:  # an epoch that has ended well is saved, whatever came after it
                 self.writing.wait()
         self._finish()
-        if self.folder is not None and already == settings.epochs and (self.folder / checkpoint.RESULTS).exists():
+        kept = self.folder is not None and (self.folder / checkpoint.RESULTS).exists()
+        if already == settings.epochs and processes.of_first(kept):
             results = checkpoint.read_json(self.folder / checkpoint.RESULTS)  # of the day and machine it was trained on
         else:
             with explained(self._ran_out):
                 results = self._results()
             results["wall_seconds"] += self.timer.lap()
-            if self.folder is not None:
+            if self.folder is not None and processes.index() == 0:
                 checkpoint.write_json(self.folder / checkpoint.RESULTS, results)
         return TrainResult(self.model, self.recipe, self.folder, self.history, results, self.correct)
+
+    def _held_by_all(self) -> list[Tensor]:
+        """Of a net whose rows are shared, what every process holds and trains: input layer and biases."""
+        weights = [layer.A for layer in self.growing.values()]
+        trained = [param for param in self.model.parameters() if param.requires_grad] if self.growing else []
+        return [param.data for param in trained if not any(param is weight for weight in weights)]
 
     def _finish(self) -> None:
         """After the last epoch: leave the net that this training gives, in eval mode."""
@@ -285,16 +311,29 @@ class Training:
     def _step(self, step: int, x: Tensor, y: Tensor) -> float:
         settings, max_norm = self.recipe.train, self._schedule(step)
         dtype = next(self.model.parameters()).dtype
-        logits = self.model(self.normalize(x, dtype)).to(torch.promote_types(dtype, torch.float32))
+        (x, y), share = self._part(x, y)
+        logits = self.net(self.normalize(x, dtype)).to(torch.promote_types(dtype, torch.float32))
         if settings.loss == "mse":
             target = nn.functional.one_hot(y, logits.shape[1]).to(logits.dtype)
             loss = nn.functional.mse_loss(logits, target)
         else:
             loss = nn.functional.cross_entropy(logits, y)
+        loss = loss * share
         self.optimizer.zero_grad()
         loss.backward()
         norms = clip_grad_norm_(self.model, max_norm, settings.clip.per_param)
-        return self._take_step(step, loss.item(), norms)
+        mean = loss.detach()
+        if self.net is not self.model:
+            mean = processes.summed(mean)[0] / processes.count()
+        return self._take_step(step, mean.item(), norms)
+
+    def _part(self, x: Tensor, y: Tensor) -> tuple[tuple[Tensor, Tensor], float]:
+        """What of a batch is computed here, and what its loss is multiplied by: their mean over processes is the batch's."""
+        world = processes.count()
+        if self.net is self.model or len(x) < world:
+            return (x, y), 1.0
+        own = slice(processes.index(), None, world)
+        return (x[own], y[own]), len(x[own]) * world / len(x)
 
     def _take_step(self, step: int, loss: float, norms: Tensor | dict[str, Tensor]) -> float:
         """Step unless the loss or a gradient's norm is not finite; returns the loss."""
@@ -383,6 +422,8 @@ def training_results(recipe: Recipe, history: list[dict[str, Any]], device: torc
         "date": date.today().isoformat(),
         "history": history,
     }
+    if processes.count() > 1:
+        results["processes"] = processes.count()
     if "test_accuracy" in history[-1]:
         best = max(history, key=lambda record: record["test_accuracy"])
         results["accuracy"] = history[-1]["test_accuracy"]
