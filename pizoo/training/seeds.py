@@ -100,7 +100,7 @@ def _record(outcome: TrainResult, dataset: Dataset | TransferData | dict[str, Ta
     epochs, measured = recipe.train.epochs if recipe.train else 0, "test_accuracy"
     if recipe.transfer is not None:
         right, measured = outcome.correct, "quick_accuracy"
-        if right is None:  # it was trained in another session
+        if right is None:  # it was trained before, and loaded now
             right = target_correct(outcome.model, recipe, dataset, results["transfer"]["ridge"])
     elif recipe.tasks is None:
         right = correct(predict(outcome.model, dataset.test_x, recipe.data.normalize), dataset.test_y)

@@ -51,7 +51,7 @@ class TrainResult:
         folder: where its checkpoint is; None if none was asked for.
         history: one record an epoch: epoch, step, loss, test_accuracy, seconds, ...
         results: what ``results.json`` holds.
-        correct: which test images the net classifies correctly, bool [n], where this session has measured transfer; else None.
+        correct: which test images the net classifies correctly, bool [n], where this run has just measured transfer; else None.
     """
 
     model: nn.Module
