@@ -17,7 +17,7 @@ from pizoo.evaluation.accuracy import paired_difference
 from pizoo.evaluation.fewshot import SPLITS, TaskAccuracy
 from pizoo.plots import CURVES, SIZES, draw_curves, draw_sizes
 from pizoo.recipes import Recipe, decisive
-from pizoo.zoo import TUNED
+from pizoo.zoo import TUNED, counted
 
 PAPER = "https://openreview.net/forum?id=tUMr0Iox8XW"
 TAGS = ["pi-net", "infinite-width", "image-classification"]
@@ -307,9 +307,9 @@ def _headline(card: _Card) -> str:
     measured_on = f"the {card.count:,} test images of {card.data}"
     if card.tasks:
         measured_on = (
-            f"the queries of {card.count:,} tasks of {card.data} ({_shape(card)}, {_words(card.split)} classes)"
+            f"the queries of {card.count:,} tasks of {card.data} ({_shape(card)}, {words(card.split)} classes)"
         )
-    told = [f"**{_mean(results)} %** of {measured_on} are classified correctly{card.chosen}{over}."]
+    told = [f"**{mean_and_error(results)} %** of {measured_on} are classified correctly{card.chosen}{over}."]
     if card.recipe["train"] and not card.tasks and not card.transfer:
         told.append(f"Best epochs, test-selected: {results['mean_best_epoch_accuracy']:.2f} %.")
     if card.compact:
@@ -320,7 +320,8 @@ def _headline(card: _Card) -> str:
     return " ".join([*told, published]).rstrip()
 
 
-def _mean(results: dict[str, Any]) -> str:
+def mean_and_error(results: dict[str, Any]) -> str:
+    """The recorded mean over seeds, with its standard error if there is one."""
     return _plus_minus(results["mean_accuracy"], results["standard_error"])
 
 
@@ -332,7 +333,7 @@ def _shape(card: _Card) -> str:
     return f"{card.recipe['data']['classes']}-way {card.tasks['shots']}-shot"
 
 
-def _words(split: str) -> str:
+def words(split: str) -> str:
     """``"test_rotated"`` as a reader says it."""
     return ", ".join(split.split("_"))
 
@@ -422,7 +423,9 @@ def _numbers(card: _Card) -> str:
         lines.append(row(f"{card.run} {run['seed']}", f"{run['accuracy']:.2f}", best, duration(run["wall_seconds"])))
     if len(results["seeds"]) > 1:
         total = f"{duration(results['total_wall_seconds'])} in all"
-        lines.append(row("mean ± standard error", _mean(results), f"{results['mean_best_epoch_accuracy']:.2f}", total))
+        lines.append(
+            row("mean ± standard error", mean_and_error(results), f"{results['mean_best_epoch_accuracy']:.2f}", total)
+        )
     return "\n".join([*lines, "", _measured(results)])
 
 
@@ -439,11 +442,11 @@ def _task_numbers(card: _Card) -> str:
             yield f"{mark}{found.accuracy:.2f}{mark} ± {found.half_width:.2f}"
 
     times = "; times are wall time, evaluation and saving included." if trained else "."
-    heads = [f"**{_words(split)}**" if split == card.split else _words(split) for split in SPLITS]
+    heads = [f"**{words(split)}**" if split == card.split else words(split) for split in SPLITS]
     lines = [
         f"{_shape(card)} accuracy in percent on {card.count:,} tasks of {card.data} each, with its 95 % interval over tasks. "
         f"The classes are part of every number: rotated ones (each turned into four) are easier. This entry's number is on "
-        f"**{_words(card.split)}** classes{times}",
+        f"**{words(card.split)}** classes{times}",
         "",
         row("", heads, "epoch chosen (validation accuracy)", "time"),
         row("---", ["---"] * len(SPLITS), "---", "---"),
@@ -509,7 +512,9 @@ def _transfer_numbers(card: _Card) -> str:
             )
         )
     if len(results["seeds"]) > 1:
-        lines.append(row("mean ± standard error", _mean(results), "", "", duration(results["total_wall_seconds"])))
+        lines.append(
+            row("mean ± standard error", mean_and_error(results), "", "", duration(results["total_wall_seconds"]))
+        )
     return "\n".join([*lines, "", _measured(results)])
 
 
@@ -615,11 +620,11 @@ def _training(card: _Card) -> str:
 
 def _compact(card: _Card) -> str:
     """What the shipped net was made of, and how near it comes at this and smaller sizes."""
-    made, full = card.compact, _rows(card.compact["full_rows"])
+    made, full = card.compact, counted(card.compact["full_rows"])
     entry = card.recipe["entry"]
     lines = [
         f"The net that was trained has {full} rows in its growing layers. The checkpoint here computes nearly the same with "
-        f"{_rows(made['sizes'][-1]['rows'])}: landmarks drawn from the training images, a ridge regression layer on layer, "
+        f"{counted(made['sizes'][-1]['rows'])}: landmarks drawn from the training images, a ridge regression layer on layer, "
         f"rounded to {card.recipe['compact']['dtype']} so that the errors make up for each other; no test image had a part "
         f"in it. It is a net like any other: it trains and grows on. Accuracies and equal predictions in percent, on the test "
         f"part; the logits' relative error beside them.",
@@ -631,7 +636,7 @@ def _compact(card: _Card) -> str:
     for size in made["sizes"]:
         numbers = f"{size['accuracy']:.2f} | {size['agreement']:.2f} | {size['logits_error']:.3f}"
         lines.append(
-            f"| compact | {_rows(size['rows'])} | {size['bytes'] / 1e6:.1f} MB | {numbers} | {duration(size['seconds'])} |"
+            f"| compact | {counted(size['rows'])} | {size['bytes'] / 1e6:.1f} MB | {numbers} | {duration(size['seconds'])} |"
         )
     return "\n".join(
         [
@@ -643,10 +648,6 @@ def _compact(card: _Card) -> str:
             f"--megabytes 10 --out {entry}-10mb`.",
         ]
     )
-
-
-def _rows(rows: dict[str, int]) -> str:
-    return " + ".join(f"{count:,}" for count in rows.values())
 
 
 def _settings(model: dict[str, Any]) -> str:

@@ -562,23 +562,20 @@ def compact(
     """Make a net that computes the same with fewer rows: one small file."""
     from pizoo.recipes import Compact
     from pizoo.training.compact import compact_checkpoint
+    from pizoo.zoo import counted
 
     settings = Compact(megabytes=megabytes, rows=rows, dtype=dtype, views=views)
     options = {"epoch": epoch, "data_dir": data, "device": device, "progress": err.is_terminal}
     results = compact_checkpoint(source, out_dir, settings, curve=curve, **options)
     made = results["compact"]
-    table = [("full net", _counts(made["full_rows"]), "–", _percent(made["full_accuracy"]), "–")]
+    table = [("full net", counted(made["full_rows"]), "–", _percent(made["full_accuracy"]), "–")]
     for size in made["sizes"]:
         megabytes = f"{size['bytes'] / 1e6:.1f} MB"
         table.append(
-            ("compact", _counts(size["rows"]), megabytes, _percent(size.get("accuracy")), _percent(size["agreement"]))
+            ("compact", counted(size["rows"]), megabytes, _percent(size.get("accuracy")), _percent(size["agreement"]))
         )
     _print_table(("net", "rows", "size", "accuracy", "equal predictions"), table)
     out.print(f"checkpoint: {out_dir}", markup=False, soft_wrap=True)
-
-
-def _counts(rows: dict[str, int]) -> str:
-    return " + ".join(f"{count:,}" for count in rows.values())
 
 
 @app.command()

@@ -208,6 +208,10 @@ def solve_ridge(kernel: Tensor, targets: Tensor, ridge: float) -> Tensor:
         kernel.diagonal().copy_(diagonal)
     if info.item():
         raise ValueError(f"kernel + {ridge} I is not positive definite (minor {info.item()}); it needs a larger ridge")
-    # torch.cholesky_solve would copy the factor: a third matrix.
-    half = torch.linalg.solve_triangular(factor, targets.double(), upper=False)
+    return solve_factored(factor, targets.double())
+
+
+def solve_factored(factor: Tensor, targets: Tensor) -> Tensor:
+    """``(L Lᵀ)⁻¹ targets`` [n, k] with L [n, n] lower triangular, which ``torch.cholesky_solve`` would copy."""
+    half = torch.linalg.solve_triangular(factor, targets, upper=False)
     return torch.linalg.solve_triangular(factor.mT, half, upper=True)

@@ -8,7 +8,7 @@ from statistics import fmean
 from typing import Any
 
 from pizoo import checkpoint
-from pizoo.cards import DATASETS, duration
+from pizoo.cards import DATASETS, duration, mean_and_error, words
 from pizoo.checkpoint import CheckpointError, write_atomically
 
 BEGIN = "<!-- entries: written by `pizoo overview` -->"
@@ -86,14 +86,13 @@ def _data(recipe: dict[str, Any]) -> str:
     name = DATASETS.get(recipe["data"]["name"], recipe["data"]["name"])
     if not recipe.get("tasks"):
         return name
-    return f"{name}, {', '.join(recipe['tasks']['headline'].split('_'))} classes"
+    return f"{name}, {words(recipe['tasks']['headline'])} classes"
 
 
 def _measured(results: dict[str, Any]) -> str:
-    error = "" if results["standard_error"] is None else f" ± {results['standard_error']:.2f}"
     tuned = f"; tuned {results['tuned']['accuracy']:.2f}" if "tuned" in results else ""
     compact = f"; compact {results['accuracy']:.2f}" if "compact" in results else ""
-    return f"{results['mean_accuracy']:.2f}{error}{tuned}{compact}"
+    return f"{mean_and_error(results)}{tuned}{compact}"
 
 
 def _time(results: dict[str, Any]) -> str:

@@ -156,11 +156,16 @@ def check_weights(folder: Path) -> None:
         )
 
 
+def counted(rows: Mapping[str, int]) -> str:
+    """Rows of growing layers as a reader counts them: ``22,292 + 11,146``."""
+    return " + ".join(f"{count:,}" for count in rows.values())
+
+
 def _compact_of(config: dict[str, Any]) -> str:
     """What the log says of a compact net: that it is one, and of what; nothing of other nets."""
     if (compacted := config["pizoo"].get("compacted")) is None:
         return ""
-    rows, full = (" + ".join(f"{count:,}" for count in compacted[key].values()) for key in ("rows", "full_rows"))
+    rows, full = (counted(compacted[key]) for key in ("rows", "full_rows"))
     scores = [compacted.get(key) for key in ("accuracy", "full_accuracy")]
     scored = "" if None in scores else ", {:.2f} % on the test set, the full net {:.2f} %".format(*scores)
     return f": a compact net, {rows} rows for the full net's {full}{scored}"

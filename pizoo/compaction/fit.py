@@ -9,14 +9,16 @@ for the errors of those before (nearest plane; Babai, 1986), and 8 bits do.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from pizoo.data import epoch_order
-from pizoo.functional import F00, unit
+from pizoo.functional import F00, solve_factored, unit
 from pizoo.nn import InfPiLinear
+from pizoo.ops.reference import correlations
 from pizoo.rows import directed, scaled
 
 RIDGES = (1e-4, 1e-5, 1e-6, 1e-7, 1e-8)
@@ -66,17 +68,17 @@ def fit_rows(layer: InfPiLinear, count: int, fit: Pair, held_out: Pair, seed: in
         return None if info.item() else lower
 
     features, wanted = row_features(held_out[0].double(), along, layer.layernorm), _summed(layer, held_out[1])
-    errors = {}
+    solved, errors = {}, {}
     for ridge in RIDGES:
         if (lower := factor(ridge)) is not None:
-            errors[ridge] = relative_error(features @ torch.cholesky_solve(moment, lower), wanted)
+            solved[ridge] = solve_factored(lower, moment)
+            errors[ridge] = relative_error(features @ solved[ridge], wanted)
     if not any(error < math.inf for error in errors.values()):
         raise ValueError(
             "what the full net gives for x, or what enters its layers, is not finite: no rows can be fitted to it"
         )
     ridge = max(ridge for ridge, error in errors.items() if error <= NEARLY * min(errors.values()))
-    lower = factor(ridge)
-    A, amult = rounded(torch.cholesky_solve(moment, lower), lower, dtype)
+    A, amult = rounded(solved[ridge], factor(ridge), dtype)  # factors are too large to keep one a ridge
     layer.set_rows(A, B, amult)
     return Fit(ridge, relative_error(in_parts(layer, held_out[0]), held_out[1]))
 
@@ -87,17 +89,22 @@ def landmarks(g: Tensor, count: int, seed: int) -> Tensor:
     Raises:
         ValueError: more landmarks than inputs.
     """
-    if count > len(g):
-        raise ValueError(
-            f"{count:,} rows are asked for, with {len(g):,} inputs to fit to; a row needs an input of its own"
-        )
+    check_inputs(count, len(g))
     return unit(g[epoch_order(len(g), seed, 0)[:count].to(g.device)])[0]
+
+
+def check_inputs(rows: int, inputs: int) -> None:
+    """Raise ValueError unless every row can have an input of its own for its landmark."""
+    if rows > inputs:
+        raise ValueError(
+            f"{rows:,} rows are asked for, with {inputs:,} inputs to fit to; a row needs an input of its own"
+        )
 
 
 def row_features(g: Tensor, B: Tensor, layernorm: bool) -> Tensor:
     """What rows B [M, r], of norm 1, give on g [n, r] before A: ``s F00(ḡ Bᵀ)`` [n, M], without s under layernorm."""
     gbar, s = unit(g)
-    features = F00((gbar @ B.T).clamp(-1, 1))
+    features = F00(correlations(gbar, B))
     return features if layernorm else s * features
 
 
@@ -141,9 +148,9 @@ def _summed(layer: InfPiLinear, out: Tensor) -> Tensor:
     return ((out - layer.finish(torch.zeros_like(out[:1]))) / layer.alpha).double()
 
 
-def in_parts(layer: InfPiLinear, g: Tensor) -> Tensor:
-    """A layer's output on g [n, r], part by part, in float32."""
-    return torch.cat([layer(part).float() for part in g.split(SAMPLES_AT_ONCE)])
+def in_parts(layer: InfPiLinear, g: Tensor, track: Callable[[Sequence[Tensor]], Iterable[Tensor]] = iter) -> Tensor:
+    """A layer's output on g [n, r], part by part (rows on the host stream once for each), in float32."""
+    return torch.cat([layer(part).float() for part in track(g.split(SAMPLES_AT_ONCE))])
 
 
 def relative_error(found: Tensor, wanted: Tensor) -> float:

@@ -10,7 +10,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from pizoo.compaction.fit import fit_rows, in_parts, relative_error
+from pizoo.compaction.fit import check_inputs, fit_rows, in_parts, relative_error
 from pizoo.data import epoch_order
 from pizoo.evaluation.accuracy import accuracy
 from pizoo.models import InfPiMLP
@@ -23,7 +23,6 @@ SHIFT = 0.1  # of an image's side: how far a view is moved, at most
 HELD_OUT = 0.1
 ROWS_DTYPE = torch.int8
 SAMPLES_AT_ONCE = 500
-ASKED_AT_ONCE = 4096  # of the full net: rows on the host stream to the device once for each such part
 
 T = TypeVar("T")
 
@@ -101,8 +100,8 @@ class Full:
         self.entering: dict[str, Tensor] = dict(zip(parts, entering.split(sizes), strict=True))
         self.outputs: dict[str, list[Tensor]] = {part: [] for part in parts}
         for name, layer in model.growing_layers.items():
-            batches = exact.split(ASKED_AT_ONCE)
-            exact = torch.cat([layer(g).float() for g in self._track(batches, f"full net, {name}", len(batches))])
+            what = f"full net, {name}"
+            exact = in_parts(layer, exact, lambda parts, what=what: self._track(parts, what, len(parts)))
             for part, out in zip(parts, exact.split(sizes), strict=True):
                 self.outputs[part].append(out)
 
@@ -152,13 +151,12 @@ class Full:
             g = in_parts(layer, g)
         return g
 
-    def measure(self, net: InfPiMLP, part: str) -> dict[str, float]:
-        """How well a net of :meth:`fit` agrees with the full net: percent of equal predictions, relative logits error."""
+    def measure(self, net: InfPiMLP, part: str, y: Tensor | None = None) -> dict[str, float]:
+        """How well a net of :meth:`fit` agrees with the full net: percent of equal predictions, relative logits error; with
+        labels y [n] also its accuracy."""
         found, wanted = self.logits_of(net, part), self.logits(part)
-        return {
-            "agreement": accuracy(found, wanted.argmax(1)),
-            "logits_error": relative_error(found, wanted),
-        }
+        agreement = {"agreement": accuracy(found, wanted.argmax(1)), "logits_error": relative_error(found, wanted)}
+        return agreement if y is None else {**agreement, "accuracy": accuracy(found, y)}
 
     def _track(self, sequence: Iterable[T], what: str, total: int) -> Iterable[T]:
         from rich.progress import track
@@ -201,10 +199,7 @@ def sizes_of(model: InfPiMLP, x: Tensor, views: int) -> tuple[dict[str, int], in
 def check_rows(rows: int | Sequence[int], model: InfPiMLP, x: Tensor, views: int) -> None:
     """Raise what :func:`compact` would after asking the full net, which takes long, before."""
     counts, inputs = sizes_of(model, x, views)
-    if (most := max(row_counts(rows, counts))) > inputs:
-        raise ValueError(
-            f"{most:,} rows are asked for, with {inputs:,} inputs to fit to; a row needs an input of its own"
-        )
+    check_inputs(max(row_counts(rows, counts)), inputs)
 
 
 def row_counts(rows: int | Sequence[int], full: Mapping[str, int]) -> list[int]:

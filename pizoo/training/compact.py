@@ -54,8 +54,7 @@ def compact_net(
     rows = settings.rows or rows_within(model, settings.megabytes, dtype)
     if settings.rows is None and rows >= min(counts.values()):
         raise ValueError(
-            f"a net of {' + '.join(f'{count:,}' for count in counts.values())} rows needs no {settings.megabytes:g} MB: give "
-            f"fewer megabytes, or rows"
+            f"a net of {zoo.counted(counts)} rows needs no {settings.megabytes:g} MB: give fewer megabytes, or rows"
         )
     check_rows(rows, model, dataset.train_x, settings.views)
     full = Full(model, dataset.train_x, normalize, dataset.test_x, settings.views, progress=progress)
@@ -65,10 +64,7 @@ def compact_net(
         begin = time.perf_counter()
         net = full.fit(max(READOUT_SHARE, int(share * rows)), dtype)
         size = {**net.compacted, "seconds": time.perf_counter() - begin, "bytes": stored_bytes(net)}
-        size |= {"measured_on": part, **full.measure(net, part)}
-        if whole is not None:
-            size["accuracy"] = accuracy(full.logits_of(net, part), dataset.test_y)
-        sizes.append(size)
+        sizes.append(size | {"measured_on": part, **full.measure(net, part, dataset.test_y)})
     net.compacted |= {"accuracy": sizes[-1].get("accuracy"), "full_accuracy": whole}
     made_on = {"hardware": hardware(model.output.device), "date": date.today().isoformat()}
     return net, {"full_rows": full.counts, "full_accuracy": whole, **made_on, "sizes": sizes}
@@ -110,10 +106,8 @@ def compact_checkpoint(
     if (out / checkpoint.CONFIG).exists() and "compacted" not in checkpoint.read_config(out)["pizoo"]:
         raise CheckpointError(f"{out} holds a checkpoint that is not a compact net; choose another folder")
     model, config = checkpoint.load(folder, epoch, device)
-    recipe, source_results = (
-        Recipe.from_dict(zoo.recipe_of(config, source), str(source)),
-        _results(folder, config, epoch),
-    )
+    recipe = Recipe.from_dict(zoo.recipe_of(config, source), str(source))
+    source_results = _results(folder, recipe.entry, epoch)
     if recipe.transfer is not None and "transfer" not in source_results:
         raise ValueError(
             f"epoch is {epoch}; of {source} only the epoch that its training chose has a ridge to measure it with"
@@ -142,10 +136,10 @@ def compact_checkpoint(
     return results
 
 
-def _results(folder: Path, config: dict[str, Any], epoch: int | None) -> dict[str, Any]:
+def _results(folder: Path, entry: str, epoch: int | None) -> dict[str, Any]:
     """The source's results; of an earlier or unfinished epoch there are none."""
     path = folder / checkpoint.RESULTS
-    return checkpoint.read_json(path) if epoch is None and path.exists() else {"entry": config["recipe"]["entry"]}
+    return checkpoint.read_json(path) if epoch is None and path.exists() else {"entry": entry}
 
 
 def _correct_before(folder: Path, results: dict[str, Any]) -> dict[str, Tensor]:

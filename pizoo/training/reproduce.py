@@ -15,7 +15,6 @@ from pizoo import checkpoint
 from pizoo.cards import write_card
 from pizoo.evaluation.accuracy import choose_device, correct, percent, predict
 from pizoo.evaluation.entries import attach_training_images
-from pizoo.plots import SIZES, draw_sizes
 from pizoo.recipes import Recipe
 from pizoo.training import meta, transfer
 from pizoo.training.compact import compact_net
@@ -93,7 +92,6 @@ def _ship(
         source = dataset if recipe.transfer is None else dataset.source
         model, record = compact_net(outcome.model, source, normalize, recipe.compact, curve=True)
         outcome = replace(outcome, model=model, results={**outcome.results, "compact": record})
-        draw_sizes(card / SIZES, record)
     if recipe.transfer is not None:
         recorded, right, right_of_small = transfer.ship(outcome, card, dataset)
         return recorded, {checkpoint.SHIPPED: right, checkpoint.VERIFIED: right_of_small}
