@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from pizoo import checkpoint, processes, zoo
 from pizoo.data import Dataset, TaskPool, load_tasks, read_images
-from pizoo.evaluation.accuracy import accuracy, choose_device, predict
+from pizoo.evaluation.accuracy import accuracy, choose_device, correct, predict
 from pizoo.evaluation.fewshot import measure_splits
 from pizoo.evaluation.transfer import described, measure_transfer
 from pizoo.memory import explained
@@ -113,6 +113,13 @@ def attach_training_images(model: nn.Module, train_x: Tensor, normalize) -> None
     """Give a kernel regressor that lacks them its training images, raw [n, ...]; other models need none."""
     if isinstance(model, KernelRegressor) and model.train_x is None:
         model.attach(normalize(train_x.to(model.dual.device), torch.float64))
+
+
+def correct_once_loaded(folder: Path, dataset: Dataset, normalize, device: torch.device) -> Tensor:
+    """Which test images a checkpoint classifies correctly when it is loaded as a user loads it: bool [n]."""
+    model, _ = checkpoint.load(folder, device=device)
+    attach_training_images(model, dataset.train_x, normalize)
+    return correct(predict(model, dataset.test_x, normalize), dataset.test_y)
 
 
 def classify(

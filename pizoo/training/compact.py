@@ -17,7 +17,8 @@ from pizoo import checkpoint, zoo
 from pizoo.checkpoint import CheckpointError
 from pizoo.compaction.full import READOUT_SHARE, Full, check_rows, sizes_of, without_rows
 from pizoo.data import Dataset
-from pizoo.evaluation.accuracy import accuracy, choose_device, correct, percent, predict
+from pizoo.evaluation.accuracy import accuracy, choose_device, percent
+from pizoo.evaluation.entries import correct_once_loaded
 from pizoo.models import InfPiMLP
 from pizoo.plots import SIZES, draw_sizes
 from pizoo.recipes import Compact, Recipe
@@ -124,8 +125,7 @@ def compact_checkpoint(
             out, recipe, loaded, results, device
         )
     elif dataset.test_x is not None:
-        shipped, _ = checkpoint.load(out, device=device)
-        right[checkpoint.SHIPPED] = correct(predict(shipped, dataset.test_x, normalize), dataset.test_y)
+        right[checkpoint.SHIPPED] = correct_once_loaded(out, dataset, normalize, device)
     if checkpoint.SHIPPED in right:
         results["accuracy"] = percent(right[checkpoint.SHIPPED])
         results["correct_sha256"] = checkpoint.write_tensors(out / checkpoint.CORRECT, right)

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from pizoo import checkpoint
 from pizoo.cards import write_card
-from pizoo.evaluation.accuracy import choose_device, correct, percent, predict
-from pizoo.evaluation.entries import attach_training_images
+from pizoo.evaluation.accuracy import choose_device, percent
+from pizoo.evaluation.entries import correct_once_loaded
 from pizoo.recipes import Recipe
 from pizoo.training import meta, transfer
 from pizoo.training.compact import compact_net
@@ -96,6 +96,5 @@ def _ship(
         recorded, right, right_of_small = transfer.ship(outcome, card, dataset)
         return recorded, {checkpoint.SHIPPED: right, checkpoint.VERIFIED: right_of_small}
     checkpoint.save_with_probe(card, outcome.model, recipe.config(dataset.class_names), dataset, normalize)
-    model, _ = checkpoint.load(card, device=next(iter(outcome.model.state_dict().values())).device)
-    attach_training_images(model, dataset.train_x, normalize)
-    return outcome.results, {checkpoint.SHIPPED: correct(predict(model, dataset.test_x, normalize), dataset.test_y)}
+    device = next(iter(outcome.model.state_dict().values())).device
+    return outcome.results, {checkpoint.SHIPPED: correct_once_loaded(card, dataset, normalize, device)}
