@@ -14,7 +14,7 @@ import pizoo
 from pizoo import checkpoint, zoo
 from pizoo.checkpoint import CheckpointError
 from pizoo.compaction import fit as fitting
-from pizoo.compaction.fit import RIDGES, fit_rows, landmarks, relative_error, rounded, row_features
+from pizoo.compaction.fit import RIDGES, fit_rows, landmarks, relative_error, rounded, rounding_loss, row_features
 from pizoo.compaction.full import READOUT_SHARE, Full, row_counts
 from pizoo.evaluation.accuracy import accuracy
 from pizoo.functional import unit
@@ -135,8 +135,27 @@ def test_rounding_makes_up_for_itself(dtype):
         return (error.T @ H @ error).trace()
 
     assert lost(held, amult) < 0.05 * lost(nearest, scale)
+    assert rounding_loss(A, torch.linalg.cholesky(H), dtype) == pytest.approx(lost(held, amult).item(), rel=0.3)
     largest = (held.double().abs() * amult[:, None]).amax(1)
     assert (largest - A.abs().amax(1)).abs().max() < 0.2 * A.abs().max()  # no row runs away
+
+
+def test_inputs_nearly_in_one_direction_are_fitted_with_rows_of_any_dtype(monkeypatch):
+    """Few of 60 features are needed there. Unrounded the smallest ridge does best; in 8 bits a larger one."""
+    torch.manual_seed(0)
+    g = 0.1 * torch.randn(300, 3) + torch.tensor([4.0, 0.0, 0.0])
+    target = row_features(g, unit(torch.randn(5, 3))[0], False) @ torch.randn(5, 2)
+
+    def fitted(dtype):
+        layer = InfPiLinear(3, 2, bias_alpha=0.0, role="readout", dtype=torch.float64)
+        layer.to_rows_dtype(dtype)
+        return fit_rows(layer, 60, (g, target), (g, target), seed=0)
+
+    in_8_bits, in_16, in_64 = (fitted(dtype) for dtype in (torch.int8, torch.float16, torch.float64))
+    assert in_16.error < 2 * in_64.error < 1e-3
+    assert in_8_bits.ridge > 10 * in_64.ridge
+    monkeypatch.setattr(fitting, "RIDGES", (in_64.ridge,))
+    assert in_8_bits.error < 0.5 * fitted(torch.int8).error
 
 
 def test_rounding_with_independent_features_is_to_nearest():
