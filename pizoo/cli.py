@@ -574,7 +574,7 @@ def compact(
         table.append(
             ("compact", counted(size["rows"]), megabytes, _percent(size.get("accuracy")), _percent(size["agreement"]))
         )
-    _print_table(("net", "rows", "size", "accuracy", "equal predictions"), table)
+    _print_table(("net", "rows", "size", f"accuracy ({size['measured_on']})", "equal predictions"), table)
     out.print(f"checkpoint: {out_dir}", markup=False, soft_wrap=True)
 
 

@@ -187,8 +187,8 @@ def test_what_the_full_net_gives_is_what_it_gives(hparams):
     x = torch.randn(1200, 12, dtype=torch.float64)
     full = Full(net, x, test_x=x[:7])
     with torch.no_grad():
-        assert (full.logits("test") - net(x[:7])).abs().max() < 1e-5 * net(x).abs().max()
-    assert len(full.logits("held out")) == 120 and len(full.logits("fit")) == 1080
+        assert (full.output("test") - net(x[:7])).abs().max() < 1e-5 * net(x).abs().max()
+    assert len(full.output("held out")) == 120 and len(full.output("fit")) == 1080
     few = full.fit(30)
     assert full.measure(few, "held out")["logits_error"] < 0.1
 
@@ -277,6 +277,7 @@ def test_one_number_of_rows_or_one_for_every_layer():
     assert row_counts(80, full) == [80, 80, 40]
     assert row_counts([50, 60, 70], full) == [50, 60, 70]
     assert row_counts(80, {"output": 1000}) == [80]
+    assert row_counts(80, {"hidden.0": 1000, "hidden.1": 1000}) == [80, 80]  # a read-out that gives nothing has no say
     with pytest.raises(
         ValueError, match=r"rows is \[5, 6\]; it must be one number, or one for each of hidden.0, hidden.1"
     ):
@@ -414,7 +415,7 @@ def test_an_entry_is_made_of_full_nets_and_ships_a_compact_one(tmp_path):
 
 
 def test_only_nets_that_grow_are_made_compact():
-    with pytest.raises(RecipeError, match=r"compact: must be left out, it is for supervised nets of model.kind infpi"):
+    with pytest.raises(RecipeError, match=r"compact: must be left out, it is for nets of model.kind infpi"):
         load_recipe("digits_mu", ("compact={megabytes: 5}",))
 
 
@@ -444,5 +445,5 @@ def test_what_cannot_be_fitted_is_refused_before_or_in_words(digits, monkeypatch
 def test_a_read_out_that_gives_nothing_is_made_compact():
     net = InfPiMLP(12, 3, r=8, readout_zero_init=True)
     net.hidden[0].append(torch.randn(30, 8), unit(torch.randn(30, 8))[0], 0.1)
-    few = pizoo.compact(net.eval(), torch.randn(100, 12), [10, 1])
+    few = pizoo.compact(net.eval(), torch.randn(100, 12), 10)
     assert few(torch.randn(4, 12)).abs().max() < 1e-6
