@@ -458,17 +458,20 @@ def reproduce(
     from pizoo.evaluation.verify import verify as check
     from pizoo.recipes import list_recipes, load_recipe
     from pizoo.training.reproduce import reproduce as run
-    from pizoo.training.seeds import parse_seeds
+    from pizoo.training.seeds import parse_seeds, seeds_differ
     from pizoo.zoo import TUNED
 
     if set_ and None in (runs, cards):
         raise ValueError("--set makes other entries than the zoo's: give --cards and --runs of their own for them")
     runs, cards = runs or Path("runs"), cards or Path("model_cards")
     which = None if seeds is None else parse_seeds(seeds)
-    made, verified, seconds = _entries(entries, list_recipes()), True, 0.0
-    for entry in made:
+    made = {entry: load_recipe(entry, set_ or ()) for entry in _entries(entries, list_recipes())}
+    verified, seconds = True, 0.0
+    for entry, recipe in made.items():
         card, options = cards / entry, {"data_dir": data, "device": device, "progress": err.is_terminal}
-        results = run(load_recipe(entry, set_ or ()), card, runs / entry, which, **options)
+        # Among others a kernel is made once.
+        once = which and len(made) > 1 and not seeds_differ(recipe)
+        results = run(recipe, card, runs / entry, which[:1] if once else which, **options)
         seconds += results["total_wall_seconds"]
         tuned = f", tuned {_percent(results['tuned']['accuracy'])} %" if "tuned" in results else ""
         reports = [check(folder, data, device) for folder in (card, *([card / TUNED] if tuned else []))]

@@ -521,6 +521,20 @@ def test_a_kernel_has_no_seeds(data_dir, tmp_path):
         reproduce(small("ntk"), tmp_path / "card", tmp_path / "runs", [0, 1], data_dir=data_dir, device="cpu")
 
 
+def test_among_other_entries_a_kernel_is_made_once(data_dir, tmp_path, pizoo_command):
+    options = ("--set", "tasks.test_tasks=20", "--data", data_dir, "--device", "cpu")
+    folders = ("--cards", tmp_path / "cards", "--runs", tmp_path / "runs")
+    done = pizoo_command("reproduce", "omniglot_n*", "--seeds", "0-1", *folders, *options)
+    assert done.code == 0, done.err
+    for entry in ("omniglot_nngp", "omniglot_ntk"):
+        results = json.loads((tmp_path / "cards" / entry / "results.json").read_text())
+        assert [run["seed"] for run in results["seeds"]] == [0]
+    done = pizoo_command("reproduce", "omniglot_*", *folders, *options[2:], "--set", "train.epochs=1")
+    assert (
+        done.code and "kernel" in done.err and not (tmp_path / "cards/omniglot_mu").exists()
+    )  # before anything is trained
+
+
 # Numbers
 
 
