@@ -257,7 +257,7 @@ class _Card:
             return ""
         if self.transfer:
             return ", by ridge regression on its features' kernel, epoch and ridge chosen on held-out training images"
-        return ", epoch chosen on validation classes" if self.tasks else " after the last epoch"
+        return ", epoch chosen on rotated validation classes" if self.tasks else " after the last epoch"
 
     @property
     def published(self) -> dict[str, Any] | None:
@@ -319,7 +319,7 @@ def _headline(card: _Card) -> str:
         told.append(f"Best epochs, test-selected: {results['mean_best_epoch_accuracy']:.2f} %.")
     if card.compact:
         megabytes = card.compact["sizes"][-1]["bytes"] / 1e6
-        told.append(f"This checkpoint, a compact net of {megabytes:.0f} MB: {results['accuracy']:.2f} %.")
+        told.append(f"This checkpoint, a compact net of {megabytes:.3g} MB: {results['accuracy']:.2f} %.")
     if "tuned" in results:
         told.append(f"Tuned on held-out training images: {results['tuned']['accuracy']:.2f} %.")
     return " ".join([*told, published]).rstrip()
@@ -446,13 +446,14 @@ def _task_numbers(card: _Card) -> str:
             yield f"{mark}{found.accuracy:.2f}{mark} ± {found.half_width:.2f}"
 
     times = "; times are wall time, evaluation and saving included." if trained else "."
+    validation = card.tasks["validation_tasks"]
     heads = [f"**{words(split)}**" if split == card.split else words(split) for split in SPLITS]
     lines = [
         f"{_shape(card)} accuracy in percent on {card.count:,} tasks of {card.data} each, with its 95 % interval over tasks. "
         f"The classes are part of every number: rotated ones (each turned into four) are easier. This entry's number is on "
         f"**{words(card.split)}** classes{times}",
         "",
-        row("", heads, "epoch chosen (validation accuracy)", "time"),
+        row("", heads, f"epoch chosen (on {validation:,} tasks of validation, rotated)", "time"),
         row("---", ["---"] * len(SPLITS), "---", "---"),
     ]
     shipped = f"**this checkpoint** ({card.made_of})" if trained else "**this kernel**"

@@ -474,11 +474,12 @@ def reproduce(
         results = run(recipe, card, runs / entry, which[:1] if once else which, **options)
         seconds += results["total_wall_seconds"]
         tuned = f", tuned {_percent(results['tuned']['accuracy'])} %" if "tuned" in results else ""
+        compact = f", compact {_percent(results['accuracy'])} %" if "compact" in results else ""
         reports = [check(folder, data, device) for folder in (card, *([card / TUNED] if tuned else []))]
         verified = verified and all(report.status == "verified" for report in reports)
         statuses = ", ".join(dict.fromkeys(report.status for report in reports))
         time = duration(results["total_wall_seconds"])
-        out.print(f"{entry}: {_mean(results)}{tuned}; {statuses}; {time}; card in {card}", soft_wrap=True)
+        out.print(f"{entry}: {_mean(results)}{tuned}{compact}; {statuses}; {time}; card in {card}", soft_wrap=True)
     for entry in made:
         write_card(cards / entry)  # once more: cards compare themselves with those beside them
     if len(made) > 1:
