@@ -555,7 +555,9 @@ def compact(
     ] = None,
     megabytes: Annotated[float, typer.Option(min=0.001, help="Size of the file, at most.")] = 25.0,
     dtype: Annotated[Literal["int8", "float16"], typer.Option(help="Of the rows; of int8 twice as many fit.")] = "int8",
-    views: Annotated[int, typer.Option(min=1, help="Views of each image to fit to, mirrored and moved.")] = 6,
+    views: Annotated[
+        int, typer.Option(min=1, help="Views of each image to fit to, mirrored and moved; of characters 1 does.")
+    ] = 6,
     curve: Annotated[bool, typer.Option("--curve", help="Measure smaller sizes as well, and draw them.")] = False,
     epoch: Annotated[
         int | None, typer.Option(help="Epoch of a training checkpoint (the one it chose, else the last).")
