@@ -236,6 +236,11 @@ class _Card:
         return self.results.get("compact")
 
     @property
+    def made_of(self) -> str:
+        """Which training the shipped net is from, and whether it is that net or a compact one."""
+        return f"{'compact, of ' if self.compact else ''}{self.run} {self.results['shipped_seed']}"
+
+    @property
     def unit(self) -> str:
         """What is counted."""
         return "task" if self.tasks else "test image"
@@ -252,7 +257,7 @@ class _Card:
             return ""
         if self.transfer:
             return ", by ridge regression on its features' kernel, epoch and ridge chosen on held-out training images"
-        return ", epoch chosen on validation classes" if self.tasks else " after the last epoch"
+        return ", epoch chosen on rotated validation classes" if self.tasks else " after the last epoch"
 
     @property
     def published(self) -> dict[str, Any] | None:
@@ -314,7 +319,7 @@ def _headline(card: _Card) -> str:
         told.append(f"Best epochs, test-selected: {results['mean_best_epoch_accuracy']:.2f} %.")
     if card.compact:
         megabytes = card.compact["sizes"][-1]["bytes"] / 1e6
-        told.append(f"This checkpoint, a compact net of {megabytes:.0f} MB: {results['accuracy']:.2f} %.")
+        told.append(f"This checkpoint, a compact net of {megabytes:.3g} MB: {results['accuracy']:.2f} %.")
     if "tuned" in results:
         told.append(f"Tuned on held-out training images: {results['tuned']['accuracy']:.2f} %.")
     return " ".join([*told, published]).rstrip()
@@ -406,7 +411,6 @@ COMPARED = (
 def _numbers(card: _Card) -> str:
     """The recorded accuracies as a table: this checkpoint, every run, their mean; where and when they were measured."""
     results, trained = card.results, card.recipe["train"] is not None
-    made_of = f"{'compact, of ' if card.compact else ''}{card.run} {results['shipped_seed']}"
 
     def row(name: str, accuracy: str, best: str, time: str) -> str:
         return "| " + " | ".join((name, accuracy, best, time) if trained else (name, accuracy, time)) + " |"
@@ -416,7 +420,7 @@ def _numbers(card: _Card) -> str:
         "",
         row("", "after the last epoch" if trained else "accuracy", "best epoch, test-selected", "time"),
         row("---", "---", "---", "---"),
-        row(f"**this checkpoint** ({made_of})", f"**{results['accuracy']:.2f}**", "", ""),
+        row(f"**this checkpoint** ({card.made_of})", f"**{results['accuracy']:.2f}**", "", ""),
     ]
     for run in results["seeds"]:
         best = f"{run['best_epoch']['accuracy']:.2f} (epoch {run['best_epoch']['epoch']})"
@@ -442,16 +446,17 @@ def _task_numbers(card: _Card) -> str:
             yield f"{mark}{found.accuracy:.2f}{mark} ± {found.half_width:.2f}"
 
     times = "; times are wall time, evaluation and saving included." if trained else "."
+    validation = card.tasks["validation_tasks"]
     heads = [f"**{words(split)}**" if split == card.split else words(split) for split in SPLITS]
     lines = [
         f"{_shape(card)} accuracy in percent on {card.count:,} tasks of {card.data} each, with its 95 % interval over tasks. "
         f"The classes are part of every number: rotated ones (each turned into four) are easier. This entry's number is on "
         f"**{words(card.split)}** classes{times}",
         "",
-        row("", heads, "epoch chosen (validation accuracy)", "time"),
+        row("", heads, f"epoch chosen (on {validation:,} tasks of validation, rotated)", "time"),
         row("---", ["---"] * len(SPLITS), "---", "---"),
     ]
-    shipped = f"**this checkpoint** ({card.run} {results['shipped_seed']})" if trained else "**this kernel**"
+    shipped = f"**this checkpoint** ({card.made_of})" if trained else "**this kernel**"
     lines.append(row(shipped, cells(results["splits"], card.split), "", ""))
     for run in results["seeds"] if trained else ():
         best = f"{run['best_epoch']['epoch']} ({run['best_epoch']['accuracy']:.2f})"
@@ -493,7 +498,7 @@ def _transfer_numbers(card: _Card) -> str:
         ),
         row("---", "---", "---", "---", "---"),
         row(
-            f"**this checkpoint** ({card.run} {results['shipped_seed']})",
+            f"**this checkpoint** ({card.made_of})",
             f"**{results['accuracy']:.2f}**, {setting(shipped)}",
             "",
             "",
@@ -622,22 +627,26 @@ def _compact(card: _Card) -> str:
     """What the shipped net was made of, and how near it comes at this and smaller sizes."""
     made, full = card.compact, counted(card.compact["full_rows"])
     entry = card.recipe["entry"]
+    part = f"the queries of {card.count:,} tasks of {words(card.split)} classes" if card.tasks else "the test part"
+    errors = {"logits_error": "logits' error"}
+    if "features_error" in made["sizes"][-1]:
+        errors["features_error"] = "features' error, on validation, rotated classes"
+    heads = ["net", "rows", "size", "accuracy", "predictions equal to the full net's", *errors.values(), "time"]
     lines = [
         f"The net that was trained has {full} rows in its growing layers. The checkpoint here computes nearly the same with "
         f"{counted(made['sizes'][-1]['rows'])}: landmarks drawn from the training images, a ridge regression layer on layer, "
         f"rounded to {card.recipe['compact']['dtype']} so that the errors make up for each other; no test image had a part "
-        f"in it. It is a net like any other: it trains and grows on. Accuracies and equal predictions in percent, on the test "
-        f"part; the logits' relative error beside them.",
+        f"in it. It is a net like any other: it trains and grows on. Accuracies and equal predictions in percent, on {part}; "
+        f"errors are relative.",
         "",
-        "| net | rows | size | accuracy | predictions equal to the full net's | error | time |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
-        f"| full | {full} |  | {made['full_accuracy']:.2f} |  |  |  |",
+        f"| {' | '.join(heads)} |",
+        "| --- " * len(heads) + "|",
+        f"| full | {full} |  | {made['full_accuracy']:.2f} |" + "  |" * (len(heads) - 4),
     ]
     for size in made["sizes"]:
-        numbers = f"{size['accuracy']:.2f} | {size['agreement']:.2f} | {size['logits_error']:.3f}"
-        lines.append(
-            f"| compact | {counted(size['rows'])} | {size['bytes'] / 1e6:.1f} MB | {numbers} | {duration(size['seconds'])} |"
-        )
+        near = [f"{size['accuracy']:.2f}", f"{size['agreement']:.2f}", *(f"{size[error]:.3f}" for error in errors)]
+        cells = [counted(size["rows"]), f"{size['bytes'] / 1e6:.1f} MB", *near, duration(size["seconds"])]
+        lines.append(f"| compact | {' | '.join(cells)} |")
     return "\n".join(
         [
             *lines,

@@ -56,12 +56,13 @@ def draw_sizes(path: Path, record: dict[str, Any]) -> bool:
         as :func:`draw_curves`.
     """
     sizes, whole = record["sizes"], record["full_accuracy"]
+    part = sizes[-1]["measured_on"].replace("_", ", ")
     megabytes = [size["bytes"] / 1e6 for size in sizes]
 
     def draw(left, right) -> None:
         left.plot(megabytes, [size["agreement"] for size in sizes], "o-", linewidth=1.2)
         left.set(xlabel="size in MB", ylabel="predictions equal to the full net's, in percent", xscale="log")
-        right.set(xlabel="size in MB", ylabel=ACCURACIES["test_accuracy"], xscale="log")
+        right.set(xlabel="size in MB", ylabel=f"{part} accuracy in percent", xscale="log")
         if whole is not None:
             right.plot(megabytes, [size["accuracy"] for size in sizes], "o-", linewidth=1.2, label="compact")
             right.axhline(whole, color="black", linestyle=":", linewidth=1, label="full net")

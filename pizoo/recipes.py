@@ -447,10 +447,8 @@ class Recipe(_Part):
 
     @model_validator(mode="after")
     def _check_compact(self) -> Recipe:
-        if self.compact and (self.tasks is not None or not isinstance(self.model, InfPi)):
-            raise ValueError(
-                "compact: must be left out, it is for supervised nets of model.kind infpi, whose rows grow"
-            )
+        if self.compact and not isinstance(self.model, InfPi):
+            raise ValueError("compact: must be left out, it is for nets of model.kind infpi, whose rows grow")
         return self
 
     @model_validator(mode="after")

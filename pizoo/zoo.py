@@ -167,7 +167,9 @@ def _compact_of(config: dict[str, Any]) -> str:
         return ""
     rows, full = (counted(compacted[key]) for key in ("rows", "full_rows"))
     scores = [compacted.get(key) for key in ("accuracy", "full_accuracy")]
-    scored = "" if None in scores else ", {:.2f} % on the test set, the full net {:.2f} %".format(*scores)
+    tasks = config.get("recipe", {}).get("tasks")
+    part = f"tasks of {tasks['headline']} classes" if tasks else "the test set"
+    scored = "" if None in scores else f", {scores[0]:.2f} % on {part}, the full net {scores[1]:.2f} %"
     return f": a compact net, {rows} rows for the full net's {full}{scored}"
 
 

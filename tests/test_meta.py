@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import logging
 import math
 import shutil
 from dataclasses import replace
@@ -15,11 +17,13 @@ from torch import nn
 import pizoo
 from pizoo import cards, checkpoint
 from pizoo.checkpoint import CheckpointError
+from pizoo.compaction.fit import relative_error
 from pizoo.data import TaskPool, frozen_uniform, load_dataset, load_tasks, omniglot
 from pizoo.evaluation import fewshot
 from pizoo.evaluation.accuracy import paired_difference
 from pizoo.evaluation.entries import classify
 from pizoo.evaluation.fewshot import SPLITS, adapter, measure_splits, split_correct, task_correct
+from pizoo.functional import unit
 from pizoo.memory import HEADROOM, NotEnoughMemory
 from pizoo.models import NNGPLearner
 from pizoo.recipes import Recipe, RecipeError, load_recipe
@@ -42,7 +46,7 @@ SETTINGS = (
     "tasks.validation_tasks=20",
     "tasks.test_tasks=30",
 )
-SMALL = {"infpi": ("model.r=8",), "finpi": ("model.r=8", "model.width=16"), "mu": ("model.width=16",)}
+SMALL = {"infpi": ("model.r=8", "compact=null"), "finpi": ("model.r=8", "model.width=16"), "mu": ("model.width=16",)}
 CLASSES = {"train": 12, "validation": 6, "test": 7}
 
 
@@ -387,6 +391,105 @@ def test_a_training_that_does_not_fit_is_refused_with_what_would(pools, tmp_path
     assert not (tmp_path / "config.json").exists()
 
 
+# Compact nets
+
+
+@pytest.fixture(scope="module")
+def grown(tmp_path_factory, pools):
+    """A training whose trunk has 368 rows, in its folder."""
+    return train(small("infpi", "train.epochs=1", "train.steps_per_epoch=12"), pools, tmp_path_factory.mktemp("grown"))
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float16], ids=str)
+@pytest.mark.parametrize("alone", [True, False], ids=["read-out at zero", "read-out with rows"])
+def test_a_compact_trunk_gives_the_features_of_the_full_one(dtype, alone, grown, pools):
+    model, x, unseen = grown.model, pools["train"].rotated().samples(), pools["test"].samples()
+    if not alone:
+        model = copy.deepcopy(model)
+        model.output.append(torch.randn(400, 5), unit(model.features(x[:400]))[0], 0.1)
+    few = pizoo.compact(model, x, 150, dtype=dtype, views=1)
+    rows = {"hidden.0": 150} if alone else {"hidden.0": 150, "output": 75}
+    assert few.compacted["rows"] == rows == {name: few.growing_layers[name].count for name in rows}
+    with torch.no_grad():
+        assert relative_error(few.features(unseen), model.features(unseen)) < 0.03
+        assert relative_error(few(unseen), model(unseen)) < (1e-9 if alone else 0.1)
+    assert few.output.count == (1 if alone else 75) and few.output.A.dtype == dtype
+    if alone:
+        assert (
+            few.compacted["held_out"].keys() == {"features_error"}
+            and few.compacted["held_out"]["features_error"] < 0.03
+        )
+    again = pizoo.compact(model, x, 150, dtype=dtype, views=1)
+    assert states_equal(few, again)
+
+
+def test_a_compact_learner_is_reproduced_verified_and_told_of(data_dir, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(fewshot, "VERIFIED_TASKS", 20)
+    settings = ("train.epochs=1", "train.steps_per_epoch=12", "compact={rows: 150, views: 1}")
+    recipe, card, options = small("infpi", *settings), tmp_path / "card", {"data_dir": data_dir, "device": "cpu"}
+    results = reproduce(recipe, card, tmp_path / "runs", [0, 1], **options)
+    full, pools = json.loads((tmp_path / "runs/seed-0/results.json").read_text()), load_tasks("omniglot", data_dir)
+    made = results["compact"]
+    assert made["full_rows"] == {"hidden.0": 368} and made["full_accuracy"] == pytest.approx(full["accuracy"])
+    assert [size["rows"]["hidden.0"] for size in made["sizes"]] == [18, 37, 75, 150]
+    assert made["sizes"][-1]["features_error"] < 0.05 and made["sizes"][-1]["agreement"] > 95
+    assert made["sizes"][-1]["features_error"] < 0.5 * made["sizes"][0]["features_error"]
+    assert results["mean_accuracy"] == pytest.approx(sum(run["accuracy"] for run in results["seeds"]) / 2)
+    caplog.set_level(logging.INFO, "pizoo")
+    net = pizoo.load(card)
+    told = f"150 rows for the full net's 368, {results['accuracy']:.2f} % on tasks of test classes, the full net"
+    assert f"a compact net, {told} {full['accuracy']:.2f} %" in caplog.text
+    tasks = recipe.tasks.model_dump()
+    measured, (few, _), (many, _) = (
+        measure_splits(net, pools, tasks),
+        *(fewshot.split_logits(model, pools, tasks) for model in (net, pizoo.load(tmp_path / "runs/seed-0"))),
+    )
+    assert results["splits"] == measured.recorded["splits"] and results["accuracy"] == measured.recorded["accuracy"]
+    equal = 100 * (few.argmax(-1) == many.argmax(-1)).double().mean().item()
+    assert made["sizes"][-1]["agreement"] == pytest.approx(equal, abs=0.01)
+    for quick in (False, True):
+        assert pizoo.verify(card, data_dir, "cpu", quick=quick).status == "verified"
+    text = (card / "README.md").read_text()
+    assert "## A compact net" in text and "**this checkpoint** (compact, of seed 0)" in text
+    for size in made["sizes"]:
+        near = f"{size['agreement']:.2f} | {size['logits_error']:.3f} | {size['features_error']:.3f}"
+        assert f"| {size['accuracy']:.2f} | {near} |" in text
+    assert "on the queries of 30 tasks of test classes" in text
+    assert (card / "sizes.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_training_on_tasks_is_made_compact(grown, data_dir, tmp_path, pizoo_command):
+    out, options = tmp_path / "few", ("--data", data_dir, "--device", "cpu", "--views", 1)
+    done = pizoo_command("compact", grown.folder, "--out", out, "--megabytes", 0.02, *options)
+    assert done.code == 0, done.err
+    assert "accuracy (test)" in done.out and (out / "model.safetensors").stat().st_size <= 20_000
+    results = json.loads((out / "results.json").read_text())
+    assert results["mean_accuracy"] == grown.results["accuracy"] and results["history"] == grown.results["history"]
+    assert pizoo.verify(out, data_dir, "cpu").status == "verified"
+    assert pizoo.load(out).hidden[0].count == results["compact"]["sizes"][-1]["rows"]["hidden.0"] > 200
+    for megabytes, complaint in (
+        (25, "a net of 368 rows needs no 25 MB"),
+        (0.005, "megabytes is 0.005; a net like this takes"),
+    ):
+        done = pizoo_command("compact", grown.folder, "--out", tmp_path / "none", "--megabytes", megabytes, *options)
+        assert done.code and complaint in done.err
+    assert not (tmp_path / "none").exists()
+
+
+def test_what_learns_tasks_and_cannot_be_made_compact_is_refused(grown, pools):
+    x = pools["train"].samples()
+    with pytest.raises(TypeError, match="model is a MuMLP; only an InfPiMLP has rows"):
+        pizoo.compact(small("mu").build_model(), x)
+    with pytest.raises(TypeError, match="x is a TaskPool; it must be a tensor of the net's training inputs"):
+        pizoo.compact(grown.model, pools["train"], 20)
+    with pytest.raises(ValueError, match=r"x has values from 0 to 255; this net takes pixels in \[0, 1\]"):
+        pizoo.compact(pizoo.load(grown.folder), 255 * x, 20)
+    with pytest.raises(
+        ValueError, match="no growing layer but a read-out that gives nothing: there is nothing to compact"
+    ):
+        pizoo.compact(small("infpi", "model.hidden_layers=1").build_model(), x, 20)
+
+
 # Several seeds
 
 
@@ -416,6 +519,20 @@ def test_several_seeds_give_a_mean_on_every_split(data_dir, tmp_path, monkeypatc
 def test_a_kernel_has_no_seeds(data_dir, tmp_path):
     with pytest.raises(ValueError, match="omniglot_ntk is a kernel, which is not trained: every seed gives the same"):
         reproduce(small("ntk"), tmp_path / "card", tmp_path / "runs", [0, 1], data_dir=data_dir, device="cpu")
+
+
+def test_among_other_entries_a_kernel_is_made_once(data_dir, tmp_path, pizoo_command):
+    options = ("--set", "tasks.test_tasks=20", "--data", data_dir, "--device", "cpu")
+    folders = ("--cards", tmp_path / "cards", "--runs", tmp_path / "runs")
+    done = pizoo_command("reproduce", "omniglot_n*", "--seeds", "0-1", *folders, *options)
+    assert done.code == 0, done.err
+    for entry in ("omniglot_nngp", "omniglot_ntk"):
+        results = json.loads((tmp_path / "cards" / entry / "results.json").read_text())
+        assert [run["seed"] for run in results["seeds"]] == [0]
+    done = pizoo_command("reproduce", "omniglot_*", *folders, *options[2:], "--set", "train.epochs=1")
+    assert (
+        done.code and "kernel" in done.err and not (tmp_path / "cards/omniglot_mu").exists()
+    )  # before anything is trained
 
 
 # Numbers

@@ -47,8 +47,8 @@ def fit_rows(layer: InfPiLinear, count: int, fit: Pair, held_out: Pair, seed: in
     Args:
         layer: its rows are replaced.
         fit: what enters the layer [n, r], and what the full layer then gives [n, r_out].
-        held_out: the same for other inputs. The largest ridge is taken that does nearly as well there as the best:
-            rows that cancel less lose less to rounding, here and in what computes with them.
+        held_out: the same for other inputs. The largest ridge is taken that does nearly as well there as the best, what
+            rounding will cost included: rows that cancel less lose less to it, here and in what computes with them.
         seed: of the landmarks.
 
     Raises:
@@ -59,7 +59,8 @@ def fit_rows(layer: InfPiLinear, count: int, fit: Pair, held_out: Pair, seed: in
     B = B.to(dtype)
     along = B.double() if not bmult else B.double() * bmult[0].double()[:, None]
     gram, moment = _moments(layer, along, fit)
-    kernel, scale = row_features(along, along, True), gram.diagonal().mean()
+    directions = unit(along)[0]  # rounded rows are not quite of norm 1, and without it this is not quite symmetric
+    kernel, scale = row_features(directions, directions, True), gram.diagonal().mean()
 
     def factor(ridge: float) -> Tensor | None:
         system = gram + ridge * scale / kernel.diagonal().mean() * kernel
@@ -68,11 +69,12 @@ def fit_rows(layer: InfPiLinear, count: int, fit: Pair, held_out: Pair, seed: in
         return None if info.item() else lower
 
     features, wanted = row_features(held_out[0].double(), along, layer.layernorm), _summed(layer, held_out[1])
-    solved, errors = {}, {}
+    solved, errors, size = {}, {}, wanted.norm().item() or 1.0
     for ridge in RIDGES:
         if (lower := factor(ridge)) is not None:
             solved[ridge] = solve_factored(lower, moment)
-            errors[ridge] = relative_error(features @ solved[ridge], wanted)
+            lost = rounding_loss(solved[ridge], lower, dtype) * len(wanted)
+            errors[ridge] = math.hypot(relative_error(features @ solved[ridge], wanted), lost**0.5 / size)
     if not any(error < math.inf for error in errors.values()):
         raise ValueError(
             "what the full net gives for x, or what enters its layers, is not finite: no rows can be fitted to it"
@@ -130,6 +132,13 @@ def rounded(A: Tensor, factor: Tensor, dtype: torch.dtype) -> Pair:
             held[i], amult[i] = values[0], by[0]
             error[i] = A[i] - held[i].to(A.dtype) * amult[i]
     return held, amult
+
+
+def rounding_loss(A: Tensor, factor: Tensor, dtype: torch.dtype) -> float:
+    """About what ``tr(Eᵀ H E)`` is after :func:`rounded`: of each row, what those before it cannot make up for."""
+    held, amult = scaled(A, dtype)
+    error = A - held.to(dtype).to(A.dtype) * amult[:, None]
+    return (factor.diagonal()[:, None] * error).square().sum().item()
 
 
 def _moments(layer: InfPiLinear, B: Tensor, fit: Pair) -> Pair:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from itertools import chain
 from typing import TypeVar
 
@@ -14,9 +14,11 @@ from pizoo.compaction.fit import check_inputs, fit_rows, in_parts, relative_erro
 from pizoo.data import epoch_order
 from pizoo.evaluation.accuracy import accuracy
 from pizoo.models import InfPiMLP
-from pizoo.nn import check_positive
+from pizoo.models.adapt import check_pixels
+from pizoo.nn import InfPiLinear, check_positive
 
 ROWS = 8000
+READOUT = "output"
 READOUT_SHARE = 2  # a read-out does with fewer rows
 VIEWS = 6
 SHIFT = 0.1  # of an image's side: how far a view is moved, at most
@@ -40,12 +42,14 @@ def compact(
     """A net of few rows that computes what ``model`` does; it trains and grows on like any other.
 
     Input layer and biases stay, the input layer rounded to float16. Each growing layer, on top of the small ones below it,
-    gets landmarks and an ``A`` by ridge regression on what the full layer gives (:mod:`pizoo.compaction.fit`).
+    gets landmarks and an ``A`` by ridge regression on what the full layer gives (:mod:`pizoo.compaction.fit`). A read-out that
+    gives nothing, as a few-shot net's, which is adapted to each task, stays too: the features it takes are what counts.
 
     Args:
         model: the net; its device is where all is computed, wherever its rows are (``rows_on``).
-        x: its training inputs, as it takes them, [n, d] or images [n, C, H, W], on any device.
-        rows: of each hidden layer, with half as many for the read-out; or one number per growing layer.
+        x: its training inputs, as it takes them, [n, d] or images [n, C, H, W], on any device (of characters to draw tasks
+            from, :meth:`pizoo.data.TaskPool.samples`).
+        rows: of each hidden layer, with half as many for the read-out; or one number per growing layer that gives anything.
         dtype: of the rows: int8, of which twice as many fit a file, or float16.
         views: of each image to fit to: itself, its mirror image, others also moved a little. The full net answers on
             those as on images it has not met, and it takes that many times as long to ask it. Vectors have one view.
@@ -57,10 +61,12 @@ def compact(
         full net on a tenth of x that nothing was fitted to.
 
     Raises:
-        TypeError: ``model`` is no InfPiMLP.
-        ValueError: x of another shape than the net takes; more rows than the net has, or than there are inputs.
+        TypeError: ``model`` is no InfPiMLP, x no tensor.
+        ValueError: x of another shape than the net takes, or of other pixels; more rows than the net has, or than there are
+            inputs.
     """
     check_rows(rows, model, x, views)
+    check_pixels(model, x, "x")
     return Full(model, x, views=views, seed=seed, progress=progress).fit(rows, dtype)
 
 
@@ -73,7 +79,7 @@ class Full:
         test_x: inputs to measure on; nothing is fitted to them.
 
     Attributes:
-        counts: rows of each growing layer, by name.
+        counts: rows of each growing layer that gives anything, by name.
     """
 
     @torch.no_grad()
@@ -99,7 +105,7 @@ class Full:
         # By part: what enters the first growing layer of the small nets, what each growing layer of the full net gives.
         self.entering: dict[str, Tensor] = dict(zip(parts, entering.split(sizes), strict=True))
         self.outputs: dict[str, list[Tensor]] = {part: [] for part in parts}
-        for name, layer in model.growing_layers.items():
+        for name, layer in giving(model).items():
             what = f"full net, {name}"
             exact = in_parts(layer, exact, lambda parts, what=what: self._track(parts, what, len(parts)))
             for part, out in zip(parts, exact.split(sizes), strict=True):
@@ -123,10 +129,11 @@ class Full:
         """The small net; see :func:`compact`."""
         counts = row_counts(rows, self.counts)
         net, g, fits = copy.deepcopy(self.net), self.entering, {}
-        names = self._track(net.growing_layers, f"{sum(counts):,} rows", len(counts))
+        for layer in net.growing_layers.values():
+            layer.to_rows_dtype(dtype)
+        names = self._track(self.counts, f"{sum(counts):,} rows", len(counts))
         for i, (name, count) in enumerate(zip(names, counts, strict=True)):
             layer = net.growing_layers[name]
-            layer.to_rows_dtype(dtype)
             fit, held_out = ((g[part], self.outputs[part][i]) for part in ("fit", "held out"))
             fits[name] = fit_rows(layer, count, fit, held_out, self.seed)
             g = {part: in_parts(layer, inputs) for part, inputs in g.items()}
@@ -139,29 +146,42 @@ class Full:
         }
         return net
 
-    def logits(self, part: str) -> Tensor:
-        """The full net's, [n, classes]; ``part`` is "fit", "held out" or "test"."""
+    def output(self, part: str) -> Tensor:
+        """The full net's logits [n, classes], or its features [n, r] if its read-out gives nothing.
+
+        ``part`` is "fit", "held out" or "test".
+        """
         return self.outputs[part][-1]
 
     @torch.no_grad()
-    def logits_of(self, net: InfPiMLP, part: str) -> Tensor:
-        """The logits [n, classes] of a net that :meth:`fit` gave."""
+    def output_of(self, net: InfPiMLP, part: str) -> Tensor:
+        """The same of a net that :meth:`fit` gave."""
         g = self.entering[part]
-        for layer in net.growing_layers.values():
-            g = in_parts(layer, g)
+        for name in self.counts:
+            g = in_parts(net.growing_layers[name], g)
         return g
 
     def measure(self, net: InfPiMLP, part: str, y: Tensor | None = None) -> dict[str, float]:
-        """How well a net of :meth:`fit` agrees with the full net: percent of equal predictions, relative logits error; with
-        labels y [n] also its accuracy."""
-        found, wanted = self.logits_of(net, part), self.logits(part)
-        agreement = {"agreement": accuracy(found, wanted.argmax(1)), "logits_error": relative_error(found, wanted)}
-        return agreement if y is None else {**agreement, "accuracy": accuracy(found, y)}
+        """How well a net of :meth:`fit` agrees with the full net (:func:`agreement`).
+
+        If the read-out gives nothing: the relative error of the features.
+        """
+        found, wanted = self.output_of(net, part), self.output(part)
+        return (
+            agreement(found, wanted, y) if READOUT in self.counts else {"features_error": relative_error(found, wanted)}
+        )
 
     def _track(self, sequence: Iterable[T], what: str, total: int) -> Iterable[T]:
         from rich.progress import track
 
         return track(sequence, what, total, disable=not self.progress)
+
+
+def agreement(found: Tensor, wanted: Tensor, y: Tensor | None = None) -> dict[str, float]:
+    """How near logits [n, classes] come to those wanted: percent of equal predictions, relative error; with labels y [n] also
+    their accuracy."""
+    near = {"agreement": accuracy(found, wanted.argmax(1)), "logits_error": relative_error(found, wanted)}
+    return near if y is None else {**near, "accuracy": accuracy(found, y)}
 
 
 def _seen(images: Tensor, view: int, generator: torch.Generator) -> Tensor:
@@ -180,20 +200,30 @@ def _held_out(x: Tensor) -> int:
     return max(1, round(HELD_OUT * len(x)))
 
 
+def giving(model: InfPiMLP) -> dict[str, InfPiLinear]:
+    """The growing layers of ``model`` by name, without a read-out whose rows give nothing."""
+    return {name: layer for name, layer in model.growing_layers.items() if name != READOUT or layer.amult.any()}
+
+
 def sizes_of(model: InfPiMLP, x: Tensor, views: int) -> tuple[dict[str, int], int]:
-    """How many rows each growing layer has, by name, and how many inputs there are to fit fewer to.
+    """How many rows each growing layer that gives anything has, by name, and how many inputs there are to fit fewer to.
 
     Raises:
-        TypeError: ``model`` is no InfPiMLP.
-        ValueError: fewer than two inputs, no view.
+        TypeError: ``model`` is no InfPiMLP, x no tensor.
+        ValueError: a net without such a layer, fewer than two inputs, no view.
     """
     if not isinstance(model, InfPiMLP):
         raise TypeError(f"model is a {type(model).__name__}; only an InfPiMLP has rows to make fewer of")
+    if not isinstance(x, Tensor):
+        raise TypeError(f"x is a {type(x).__name__}; it must be a tensor of the net's training inputs")
+    counts = {name: layer.count for name, layer in giving(model).items()}
+    if not counts:
+        raise ValueError("model has no growing layer but a read-out that gives nothing: there is nothing to compact")
     if len(x) < 2:
         raise ValueError(f"x has shape {list(x.shape)}; it must hold at least two inputs: one of them is held out")
     check_positive(views=views)
     inputs = (len(x) - _held_out(x)) * (views if x.ndim == 4 else 1)
-    return {name: layer.count for name, layer in model.growing_layers.items()}, inputs
+    return counts, inputs
 
 
 def check_rows(rows: int | Sequence[int], model: InfPiMLP, x: Tensor, views: int) -> None:
@@ -209,7 +239,7 @@ def row_counts(rows: int | Sequence[int], full: Mapping[str, int]) -> list[int]:
         ValueError: not one number, nor one for each layer; none, or more than there are.
     """
     if isinstance(rows, int):
-        rows = [rows] * (len(full) - 1) + [max(1, rows // READOUT_SHARE) if len(full) > 1 else rows]
+        rows = [max(1, rows // share) if share > 1 else rows for share in shares(full)]
     if len(rows) != len(full):
         raise ValueError(f"rows is {list(rows)}; it must be one number, or one for each of {', '.join(full)}")
     for (name, most), count in zip(full.items(), rows, strict=True):
@@ -219,9 +249,15 @@ def row_counts(rows: int | Sequence[int], full: Mapping[str, int]) -> list[int]:
     return list(rows)
 
 
+def shares(names: Collection[str]) -> list[int]:
+    """By how much each of these layers has fewer rows than a hidden one: a read-out, where it is not the only one."""
+    return [READOUT_SHARE if name == READOUT and len(names) > 1 else 1 for name in names]
+
+
 @torch.no_grad()
 def without_rows(model: InfPiMLP) -> InfPiMLP:
-    """A net like ``model`` with its input layer (rounded to float16) and biases, and initial rows."""
+    """A net like ``model`` with its input layer (rounded to float16) and biases, and initial rows; with its read-out, if that
+    gives nothing."""
     with torch.random.fork_rng(devices=[]):
         net = InfPiMLP(**model.hparams, dtype=torch.float32).to(model.input.A.device)
     net.input.A.copy_(model.input.A.half())
@@ -230,4 +266,6 @@ def without_rows(model: InfPiMLP) -> InfPiMLP:
     ):
         if full.bias is not None:
             layer.bias.copy_(full.bias)
+    if READOUT not in giving(model):
+        net.output.load_state_dict(model.output.state_dict())
     return net.eval()

@@ -105,6 +105,10 @@ class TaskPool:
         turned = [torch.rot90(self.images, k, (3, 4)) for k in range(ROTATIONS)]
         return TaskPool(f"{self.name}_rotated", torch.cat(turned))
 
+    def samples(self) -> Tensor:
+        """All images as nets take them: [classes * drawings, C, H, W] float32 in [0, 1], class by class."""
+        return _in_unit_range(self.images.flatten(0, 1))
+
     def to(self, device: torch.device | str) -> TaskPool:
         return replace(self, images=self.images.to(device))
 
@@ -139,14 +143,18 @@ class TaskPool:
         total, drawings = self.images.shape[:2]
         classes = uniform((count, total)).topk(ways, dim=1).indices
         chosen = uniform((count, ways, drawings)).topk(shots + queries, dim=2).indices
-        x = self.images[classes[..., None], chosen].flatten(3).float()
-        if self.images.dtype == torch.uint8:
-            x = x * INK  # a product is the same to the bit on every device; a quotient is not
+        x = _in_unit_range(self.images[classes[..., None], chosen].flatten(3))
         labels = torch.arange(ways, device=x.device)[:, None]
         parts = []
         for part, n in zip(x.split([shots, queries], 2), (shots, queries), strict=True):
             parts += [part.flatten(1, 2), labels.expand(ways, n).flatten().expand(count, -1)]
         return FewShotBatch(*parts)
+
+
+def _in_unit_range(images: Tensor) -> Tensor:
+    """Pixels as nets take them, float32 in [0, 1]."""
+    # A product is the same to the bit on every device; a quotient is not.
+    return images.float() * INK if images.dtype == torch.uint8 else images.float()
 
 
 def device_uniform(device: torch.device, seed: int, epoch: int) -> Uniform:

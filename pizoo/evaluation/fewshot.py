@@ -85,7 +85,7 @@ def adapter(model: Adaptable, tasks: Mapping[str, Any]) -> Learner:
 
 
 @torch.no_grad()
-def task_correct(
+def task_logits(
     model: Adaptable,
     learner: Learner,
     pool: TaskPool,
@@ -93,8 +93,8 @@ def task_correct(
     shots: int = 1,
     queries: int = 1,
     seed: int = TEST_SEED,
-) -> Tensor:
-    """Which queries of each of ``count`` tasks are classified right, bool [count, Q] on the CPU.
+) -> tuple[Tensor, Tensor]:
+    """Logits [count, Q, ways] of the queries of ``count`` tasks after adaptation and their labels int64 [count, Q], on the CPU.
 
     Args:
         model: a net or kernel learner, put into eval mode meanwhile; a task has as many ways as it has outputs.
@@ -122,10 +122,17 @@ def task_correct(
                 logits = learner(batch.support_x, batch.support_y)(batch.query_x)
                 if not logits.isfinite().all():
                     raise ValueError("logits of queries hold values that are not finite; the net makes no prediction")
-                parts.append((logits.argmax(-1) == batch.query_y).cpu())
+                parts.append((logits.cpu(), batch.query_y.cpu()))
     finally:
         model.train(training)
-    return torch.cat(parts)
+    logits, labels = zip(*parts, strict=True)
+    return torch.cat(logits), torch.cat(labels)
+
+
+def task_correct(*measured: Any, **options: Any) -> Tensor:
+    """Which queries of each task are classified right, bool [count, Q] on the CPU; arguments as for :func:`task_logits`."""
+    logits, labels = task_logits(*measured, **options)
+    return logits.argmax(-1) == labels
 
 
 def split_pool(pools: Mapping[str, TaskPool], split: str) -> TaskPool:
@@ -134,19 +141,25 @@ def split_pool(pools: Mapping[str, TaskPool], split: str) -> TaskPool:
     return pool.rotated() if split.endswith(ROTATED) else pool
 
 
-def split_correct(
+def split_logits(
     model: Adaptable,
     pools: Mapping[str, TaskPool],
     tasks: Mapping[str, Any],
     split: str | None = None,
     count: int | None = None,
-) -> Tensor:
-    """:func:`task_correct` as a recipe's ``tasks`` part says, of a split (None: the headline).
+) -> tuple[Tensor, Tensor]:
+    """:func:`task_logits` as a recipe's ``tasks`` part says, of a split (None: the headline).
 
     ``count`` is of its first tasks; None: ``test_tasks``.
     """
     learner, pool = adapter(model, tasks), split_pool(pools, split or tasks["headline"])
-    return task_correct(model, learner, pool, count or tasks["test_tasks"], tasks["shots"], tasks["queries"])
+    return task_logits(model, learner, pool, count or tasks["test_tasks"], tasks["shots"], tasks["queries"])
+
+
+def split_correct(*measured: Any) -> Tensor:
+    """:func:`task_correct` as a recipe's ``tasks`` part says; arguments as for :func:`split_logits`."""
+    logits, labels = split_logits(*measured)
+    return logits.argmax(-1) == labels
 
 
 def measure_splits(

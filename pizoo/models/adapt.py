@@ -285,13 +285,18 @@ def task_inputs(model: Adaptable, x: Tensor, single: bool, name: str) -> Tensor:
         raise ValueError(f"{name} has shape {shape}; it must be {wanted}, and of several tasks [T, N, ...]")
     if not x.is_floating_point():
         raise ValueError(f"{name} has dtype {x.dtype}; it must be floating point")
+    check_pixels(model, x, name)
+    anchor = next((t for t in (*model.parameters(), *model.buffers())), x)
+    return x.flatten(2).to(anchor.device, anchor.dtype)
+
+
+def check_pixels(model: nn.Module, x: Tensor, name: str) -> None:
+    """Raise ValueError for values outside [0, 1], if ``model`` was loaded and trained on tasks of such pixels."""
     config = getattr(model, "config", None) or {}
     if config.get("recipe", {}).get("tasks") and not (x.min() >= 0 and x.max() <= 1):
         raise ValueError(
             f"{name} has values from {x.min():g} to {x.max():g}; this net takes pixels in [0, 1], ink 1 and paper 0"
         )
-    anchor = next((t for t in (*model.parameters(), *model.buffers())), x)
-    return x.flatten(2).to(anchor.device, anchor.dtype)
 
 
 def check_labels(part: str, x: Tensor, y: Tensor, ways: int) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Mapping
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -15,13 +15,24 @@ from torch import Tensor
 
 from pizoo import checkpoint, zoo
 from pizoo.checkpoint import CheckpointError
-from pizoo.compaction.full import READOUT_SHARE, Full, check_rows, sizes_of, without_rows
-from pizoo.data import Dataset
+from pizoo.compaction.full import (
+    READOUT_SHARE,
+    Full,
+    agreement,
+    check_rows,
+    giving,
+    shares,
+    sizes_of,
+    without_rows,
+)
+from pizoo.data import Dataset, TaskPool
 from pizoo.evaluation.accuracy import accuracy, choose_device, percent
 from pizoo.evaluation.entries import correct_once_loaded
+from pizoo.evaluation.fewshot import split_logits, split_pool
 from pizoo.models import InfPiMLP
 from pizoo.plots import SIZES, draw_sizes
 from pizoo.recipes import Compact, Recipe
+from pizoo.training import meta
 from pizoo.training.report import hardware
 from pizoo.training.transfer import measure_shipped
 
@@ -32,8 +43,8 @@ HEADER_PER_TENSOR = 150  # bytes of a safetensors file that are not numbers, at 
 
 def compact_net(
     model: InfPiMLP,
-    dataset: Dataset,
-    normalize: Callable[..., Tensor],
+    dataset: Dataset | Mapping[str, TaskPool],
+    recipe: Recipe,
     settings: Compact,
     curve: bool = False,
     progress: bool = False,
@@ -41,34 +52,76 @@ def compact_net(
     """:func:`pizoo.compact` on a data set's training inputs, as ``settings`` say, measured on its test inputs.
 
     Args:
+        dataset: what the net was trained on. A few-shot learner is fitted on the training classes, rotated; its features are
+            compared on validation classes, rotated, its predictions and accuracy on the headline's tasks.
+        recipe: of the net.
         curve: fit to an eighth, a quarter and half of the rows too.
 
     Returns:
         the net, and what to record of it: ``full_rows``, ``full_accuracy``, ``hardware``, ``date`` and ``sizes``: of every
-        size fitted, ending with the net's own, rows, bytes as stored, seconds, agreement with the full net, accuracy.
+        size fitted, ending with the net's own, rows, bytes as stored, seconds, agreement with the full net, accuracy, and the
+        part or split that these are on.
 
     Raises:
         TypeError, ValueError: as :func:`pizoo.compact`; megabytes that hold no net.
     """
-    counts, _ = sizes_of(model, dataset.train_x, settings.views)
+    if recipe.tasks is None:
+        x, test_x, normalize = dataset.train_x, dataset.test_x, recipe.data.normalize
+    else:
+        x, test_x = (split_pool(dataset, split).samples() for split in ("train_rotated", "validation_rotated"))
+        normalize = None
+    counts, _ = sizes_of(model, x, settings.views)
     dtype = getattr(torch, settings.dtype)
     rows = settings.rows or rows_within(model, settings.megabytes, dtype)
     if settings.rows is None and rows >= min(counts.values()):
         raise ValueError(
             f"a net of {zoo.counted(counts)} rows needs no {settings.megabytes:g} MB: give fewer megabytes, or rows"
         )
-    check_rows(rows, model, dataset.train_x, settings.views)
-    full = Full(model, dataset.train_x, normalize, dataset.test_x, settings.views, progress=progress)
-    whole = None if dataset.test_x is None else accuracy(full.logits("test"), dataset.test_y)
-    part, sizes = "held out" if dataset.test_x is None else "test", []
+    check_rows(rows, model, x, settings.views)
+    full = Full(model, x, normalize, test_x, settings.views, progress=progress)
+    beside = (
+        _OnImages(full, dataset) if recipe.tasks is None else _OnTasks(full, model, dataset, recipe.tasks.model_dump())
+    )
+    sizes = []
     for share in CURVE if curve else (1,):
         begin = time.perf_counter()
         net = full.fit(max(READOUT_SHARE, int(share * rows)), dtype)
         size = {**net.compacted, "seconds": time.perf_counter() - begin, "bytes": stored_bytes(net)}
-        sizes.append(size | {"measured_on": part, **full.measure(net, part, dataset.test_y)})
-    net.compacted |= {"accuracy": sizes[-1].get("accuracy"), "full_accuracy": whole}
+        sizes.append(size | {"measured_on": beside.part, **beside.measure(net)})
+    net.compacted |= {"accuracy": sizes[-1].get("accuracy"), "full_accuracy": beside.full_accuracy}
     made_on = {"hardware": hardware(model.output.device), "date": date.today().isoformat()}
-    return net, {"full_rows": full.counts, "full_accuracy": whole, **made_on, "sizes": sizes}
+    return net, {"full_rows": full.counts, "full_accuracy": beside.full_accuracy, **made_on, "sizes": sizes}
+
+
+class _OnImages:
+    """Compact nets beside the full one on test images, or on what was held out where there are none."""
+
+    def __init__(self, full: Full, dataset: Dataset):
+        self.full, self.y = full, dataset.test_y
+        self.part = "held out" if self.y is None else "test"
+        self.full_accuracy = None if self.y is None else accuracy(full.output("test"), self.y)
+
+    def measure(self, net: InfPiMLP) -> dict[str, float]:
+        return self.full.measure(net, self.part, self.y)
+
+
+class _OnTasks:
+    """Compact nets beside the full one on the queries of the headline's tasks, each adapted to them; features on validation
+    classes."""
+
+    def __init__(self, full: Full, model: InfPiMLP, pools: Mapping[str, TaskPool], tasks: Mapping[str, Any]):
+        self.full, self.pools, self.tasks = full, pools, tasks
+        self.part = tasks["headline"]
+        self.logits, self.y = self._queries(model)
+        self.full_accuracy = accuracy(self.logits, self.y)
+
+    def measure(self, net: InfPiMLP) -> dict[str, float]:
+        return {**self.full.measure(net, "test"), **agreement(self._queries(net)[0], self.logits, self.y)}
+
+    def _queries(self, net: InfPiMLP) -> tuple[Tensor, Tensor]:
+        """Logits [n, ways] and labels [n] of all queries."""
+        logits, labels = split_logits(net, self.pools, self.tasks)
+        return logits.flatten(0, 1), labels.flatten()
 
 
 def compact_checkpoint(
@@ -93,8 +146,8 @@ def compact_checkpoint(
         data_dir, device: as for :func:`pizoo.train`.
 
     Returns:
-        what ``results.json`` holds: the source's, where ``accuracy`` (and ``transfer``) is now the compact net's, and under
-        ``compact`` what :func:`compact_net` records. ``mean_accuracy`` goes on speaking of full nets.
+        what ``results.json`` holds: the source's, where ``accuracy`` (``transfer``, ``splits``) is now the compact net's,
+        and under ``compact`` what :func:`compact_net` records. ``mean_accuracy`` goes on speaking of full nets.
 
     Raises:
         UnknownEntryError, CheckpointError, DataNotFoundError: source or data are missing or damaged, or ``out`` holds another
@@ -115,12 +168,16 @@ def compact_checkpoint(
         )
     loaded = recipe.load_data(data_dir)
     dataset, normalize = loaded if recipe.transfer is None else loaded.source, recipe.data.normalize
-    net, record = compact_net(model, dataset, normalize, settings, curve, progress)
-    checkpoint.save_with_probe(out, net, config, dataset, normalize)
+    net, record = compact_net(model, dataset, recipe, settings, curve, progress)
     whole = source_results.get("accuracy", record["full_accuracy"])
     results = {"mean_accuracy": whole, **source_results, "accuracy": None, "compact": record}
     right = _correct_before(folder, source_results)
-    if recipe.transfer is not None:
+    if recipe.tasks is None:
+        checkpoint.save_with_probe(out, net, config, dataset, normalize)
+    if recipe.tasks is not None:
+        measured = meta.ship(net, config, out, loaded)
+        results, right[checkpoint.SHIPPED] = results | measured.recorded, measured.correct
+    elif recipe.transfer is not None:
         results, right[checkpoint.SHIPPED], right[checkpoint.VERIFIED] = measure_shipped(
             out, recipe, loaded, results, device
         )
@@ -161,13 +218,13 @@ def rows_within(model: InfPiMLP, megabytes: float, dtype: torch.dtype) -> int:
     Raises:
         ValueError: not even one row fits.
     """
-    state = checkpoint.packed(without_rows(model).state_dict())
+    state, layers = checkpoint.packed(without_rows(model).state_dict()), giving(model)
     fixed = HEADER_PER_TENSOR * len(state)
-    fixed += sum(t.nbytes for name, t in state.items() if name == "input.A" or name.endswith("bias"))
-    *hidden, readout = (
-        dtype.itemsize * (layer.A.shape[1] + layer.B.shape[1]) + AMULT_BYTES for layer in model.growing_layers.values()
+    fixed += sum(t.nbytes for key, t in state.items() if key.rpartition(".")[0] not in layers or key.endswith("bias"))
+    per_row = sum(
+        (dtype.itemsize * (layer.A.shape[1] + layer.B.shape[1]) + AMULT_BYTES) / share
+        for layer, share in zip(layers.values(), shares(layers), strict=True)
     )
-    per_row = sum(hidden) + readout / READOUT_SHARE if hidden else readout
     rows = int((megabytes * 1e6 - fixed) // per_row)
     if rows < READOUT_SHARE:
         least = (fixed + READOUT_SHARE * per_row) / 1e6

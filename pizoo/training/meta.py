@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from pizoo.evaluation.fewshot import (
     split_pool,
     task_correct,
 )
+from pizoo.models.adapt import Adaptable
 from pizoo.recipes import Recipe
 from pizoo.training.fewshot import clip_outer_gradient, task_results
 from pizoo.training.plan import samples_per_epoch
@@ -163,13 +164,12 @@ def task_training_results(
     return {**results, **measured}
 
 
-def ship(outcome: TrainResult, card: Path, pools: dict[str, TaskPool]) -> Measured:
-    """Write the net of ``outcome`` into its card, and measure what a user will load from there on every split."""
-    recipe = outcome.recipe
-    tasks = recipe.tasks.model_dump()
-    save_with_task_probe(card, outcome.model, recipe.config(class_names(recipe)), pools["test"], tasks)
-    device = next((tensor.device for tensor in outcome.model.state_dict().values()), None)
-    return measure_splits(checkpoint.load(card, device=device)[0], pools, tasks)
+def ship(model: Adaptable, config: Mapping[str, Any], folder: Path, pools: dict[str, TaskPool]) -> Measured:
+    """Write a net into a folder, and measure what a user will load from there on every split."""
+    tasks = config["recipe"]["tasks"]
+    save_with_task_probe(folder, model, config, pools["test"], tasks)
+    device = next((tensor.device for tensor in model.state_dict().values()), None)
+    return measure_splits(checkpoint.load(folder, device=device)[0], pools, tasks)
 
 
 def class_names(recipe: Recipe) -> list[str]:

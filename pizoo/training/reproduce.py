@@ -85,13 +85,13 @@ def _ship(
     of tasks) that classifies correctly, by the names they are kept under."""
     recipe = outcome.recipe
     dataset, normalize = recipe.load_data(data_dir), recipe.data.normalize
-    if recipe.tasks is not None:
-        measured = meta.ship(outcome, card, dataset)
-        return {**outcome.results, **measured.recorded}, {checkpoint.SHIPPED: measured.correct}
     if recipe.compact is not None:
         source = dataset if recipe.transfer is None else dataset.source
-        model, record = compact_net(outcome.model, source, normalize, recipe.compact, curve=True)
+        model, record = compact_net(outcome.model, source, recipe, recipe.compact, curve=True)
         outcome = replace(outcome, model=model, results={**outcome.results, "compact": record})
+    if recipe.tasks is not None:
+        measured = meta.ship(outcome.model, recipe.config(meta.class_names(recipe)), card, dataset)
+        return {**outcome.results, **measured.recorded}, {checkpoint.SHIPPED: measured.correct}
     if recipe.transfer is not None:
         recorded, right, right_of_small = transfer.ship(outcome, card, dataset)
         return recorded, {checkpoint.SHIPPED: right, checkpoint.VERIFIED: right_of_small}
