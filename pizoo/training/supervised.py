@@ -273,11 +273,12 @@ class Training:
         }
         if self.dataset.test_x is not None:
             logits = predict(self.model, self.test_x, None)
-            if not logits.isfinite().all():
+            try:
+                record["test_accuracy"] = accuracy(logits, self.dataset.test_y)
+            except ValueError:
                 raise TrainingDiverged(
                     f"the net's predictions after epoch {epoch + 1} are not finite; {self._kept(epoch)}. {REMEDY}"
-                )
-            record["test_accuracy"] = accuracy(logits, self.dataset.test_y)
+                ) from None
         return self._log(record | self._measure(epoch + 1))
 
     def _measure(self, epoch: int) -> dict[str, Any]:
