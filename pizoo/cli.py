@@ -191,9 +191,9 @@ def _print_plan(recipe: Any, data: Path | None, device: str | None, rows_on: str
     if recipe.train is None:
         raise ValueError(f"{recipe.entry} is a kernel, which is not trained: there is no training to plan")
     chosen = processes.join(choose_device(device))
-    samples = samples_per_epoch(recipe) if recipe.tasks else _training_images(recipe, data)
+    samples, tested = (samples_per_epoch(recipe), 0) if recipe.tasks else _images(recipe, data)
     first = initial_rows(source_net(recipe))
-    planned = plan(recipe, samples, chosen, estimate_time=True, rows_on=rows_on, first=first)
+    planned = plan(recipe, samples, chosen, estimate_time=True, rows_on=rows_on, first=first, tested=tested)
     row = (
         recipe.entry,
         f"{planned.steps:,}",
@@ -219,19 +219,21 @@ def _print_plan(recipe: Any, data: Path | None, device: str | None, rows_on: str
         check_measuring(recipe.transfer, count, chosen, planned.needed - HEADROOM)
 
 
-def _training_images(recipe: Any, data: Path | None) -> int:
-    """How many images a recipe trains on; where these are not here, about how many, and a line that says so."""
+def _images(recipe: Any, data: Path | None) -> tuple[int, int]:
+    """How many images a recipe trains on, and is tested on; of those not here, about how many to train on, and a line that
+    says so."""
     from pizoo.data import DataNotFoundError, training_images
 
     try:
-        return len(recipe.data.load(data).train_x)
+        dataset = recipe.data.load(data)
+        return len(dataset.train_x), 0 if dataset.test_x is None else len(dataset.test_x)
     except DataNotFoundError:
         known = training_images(recipe.data.name) if recipe.data.path is None and recipe.data.keep is None else None
         if known is None:
             raise
         samples = min(known, recipe.data.subset or known)
         out.print(f"{recipe.data.name} is not here; planned for {samples:,} training images", soft_wrap=True)
-        return samples
+        return samples, 0
 
 
 def _print_splits(rows: Iterable[tuple[str, dict[str, Any]]], headline: str) -> None:

@@ -292,7 +292,8 @@ class _ProjectedLinear(torch.autograd.Function):
 
 
 def projection_basis(omega: Tensor) -> Tensor:
-    """Orthonormal columns Q [n, r] with ``Q Qᵀ = Ω (ΩᵀΩ)^{-1} Ωᵀ`` for Ω [n, r]; decomposed in float64, Ω's dtype.
+    """Orthonormal columns Q [n, r] with ``Q Qᵀ = Ω (ΩᵀΩ)^{-1} Ωᵀ`` for Ω [n, r]; decomposed in float64 on the CPU, of Ω's
+    dtype and device.
 
     Raises:
         ValueError: Ω has fewer rows than columns, or its columns are not linearly independent.
@@ -300,10 +301,12 @@ def projection_basis(omega: Tensor) -> Tensor:
     n, r = omega.shape
     if n < r:
         raise ValueError(f"omega has shape [{n}, {r}]; the width must be at least the rank to project onto its span")
-    q, upper = torch.linalg.qr(omega.double())
+    # The same bits whatever Ω's device; and loading a GPU's solver takes longer than this does.
+    exact = omega.double() if omega.is_meta else omega.double().cpu()
+    q, upper = torch.linalg.qr(exact)
     if not omega.is_meta and upper.diagonal().abs().min() <= 1e-10 * upper.diagonal().abs().max():
         raise ValueError(f"omega [{n}, {r}] has linearly dependent columns; it must have full column rank")
-    return q.to(omega.dtype)
+    return q.to(omega)
 
 
 def check_positive(**sizes: int) -> None:

@@ -9,8 +9,11 @@ import os
 import pickle
 import random
 import shutil
+import signal
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -26,6 +29,7 @@ from pizoo.optim import PiSGD, param_groups
 from pizoo.recipes import load_recipe
 from pizoo.training import supervised
 from pizoo.training.report import logging_to
+from pizoo.training.state import Behind
 
 EPOCHS, N = 3, 40
 TINY = (f"data.subset={N}", f"train.epochs={EPOCHS}", "train.batch_size=16", "train.lr=0.1")
@@ -717,3 +721,89 @@ def test_a_run_interrupted_in_every_epoch_ends_with_the_same_bits(finished, tmp_
     monkeypatch.undo()
     resumed = pizoo.train(recipe("momentum"), tmp_path, device="cpu")
     assert_same(resumed.model.state_dict(), finished["momentum"][1][-1])
+
+
+# Writing while the next epoch trains
+
+
+def held_back(monkeypatch, until: threading.Event, then=lambda: None) -> None:
+    """The first epoch's files are not written before ``until`` is set, and what is to be done ``then``."""
+    write = checkpoint.write_tensors
+
+    def write_late(path, tensors):
+        if path.name == "state-00001.safetensors":
+            assert until.wait(30)
+            then()
+        return write(path, tensors)
+
+    monkeypatch.setattr(checkpoint, "write_tensors", write_late)
+
+
+@pytest.mark.parametrize("engine", [False, True])
+@pytest.mark.parametrize("kind", RECIPES)
+def test_what_is_written_while_the_next_epoch_trains_is_the_net_as_its_epoch_left_it(
+    finished, tmp_path, monkeypatch, kind, engine
+):
+    """The state of epoch 1 goes to the disk when steps of epoch 2 have moved weights, momentum, decay and rows."""
+    more = ["train.momentum=0", "train.dampening=0"] if engine else []  # which the engine leaves to the plain loop
+    wanted = pizoo.train(recipe(kind, *more, "train.epochs=1"), device="cpu", engine=engine).model.state_dict()
+    moved, save = threading.Event(), checkpoint.save_epoch
+    held_back(monkeypatch, moved)
+
+    def save_late(folder, model, record, *args):
+        if record["epoch"] == 2:
+            moved.set()
+            raise Stop
+        save(folder, model, record, *args)
+
+    monkeypatch.setattr(checkpoint, "save_epoch", save_late)
+    monkeypatch.setattr(Behind, "wait", lambda self, real=Behind.wait: real(self) if moved.is_set() else None)
+    with pytest.raises(Stop):
+        pizoo.train(recipe(kind, *more), tmp_path, device="cpu", engine=engine)
+    assert [record["epoch"] for record in checkpoint.read_manifest(tmp_path)["epochs"]] == [1]
+    assert_same(checkpoint.load(tmp_path)[0].state_dict(), wanted)
+    assert temporaries(tmp_path) == []
+    monkeypatch.undo()
+    if not engine:
+        assert_same(pizoo.train(recipe(kind), tmp_path, device="cpu").model.state_dict(), finished[kind][1][-1])
+
+
+def test_interrupted_while_it_waits_for_the_disk_a_training_ends_when_the_epoch_is_written(tmp_path, monkeypatch):
+    waits, wait = threading.Event(), Behind.wait
+
+    def wait_and_tell(self):
+        if self._work is not None:
+            waits.set()
+        wait(self)
+
+    def interrupt():
+        time.sleep(0.1)  # it waits by now
+        signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+        time.sleep(0.2)  # the time a disk takes
+
+    held_back(monkeypatch, waits, interrupt)
+    monkeypatch.setattr(Behind, "wait", wait_and_tell)
+    with pytest.raises(KeyboardInterrupt):
+        pizoo.train(recipe("infpi"), tmp_path, device="cpu")
+    assert [record["epoch"] for record in checkpoint.read_manifest(tmp_path)["epochs"]] == [1]
+    assert temporaries(tmp_path) == []
+
+
+def test_work_behind_goes_on_one_piece_at_a_time_and_what_it_raises_comes_out_once():
+    behind, done = Behind(), []
+
+    def slow() -> None:
+        time.sleep(0.05)
+        done.append("slow")
+
+    def fails() -> None:
+        raise Stop
+
+    behind.submit(slow)
+    assert done == []
+    behind.submit(fails)
+    assert done == ["slow"]
+    with pytest.raises(Stop):
+        behind.submit(lambda: done.append("after a failure"))
+    behind.wait()
+    assert done == ["slow"]

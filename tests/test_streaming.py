@@ -314,6 +314,8 @@ def test_a_plan_says_where_rows_go_or_refuses(monkeypatch, gpu, host, rows_on, w
     if wanted == "host":
         assert planned.host_needed == HEADROOM + ROWS * 2 * (800 + 410)
         assert planned.needed < HEADROOM + DATA + 0.05 * ROW_BYTES
+    measured = plan(load_recipe(CIFAR), IMAGES, GPU, rows_on=rows_on, tested=10_000)
+    assert measured.needed == planned.needed + 10_000 * 3072 * 4
 
 
 def test_int8_rows_are_planned_at_half_the_bytes(monkeypatch):

@@ -17,7 +17,7 @@ from torch import nn
 import pizoo
 from pizoo import checkpoint, zoo
 from pizoo.checkpoint import CheckpointError
-from pizoo.data import Dataset, Normalize, epoch_order
+from pizoo.data import Dataset, Normalize, epoch_order, load_dataset
 from pizoo.evaluation.accuracy import accuracy, predict
 from pizoo.evaluation.entries import classify
 from pizoo.recipes import Recipe, RecipeError, load_recipe
@@ -325,6 +325,16 @@ def test_results_say_what_was_measured_and_call_the_best_epoch_test_selected(who
     assert whole.results["best_epoch"]["note"] == "test-selected"
     assert whole.results["data"] == {"name": "digits", "part": "test", "subset": N, "split": 0}
     assert whole.results["versions"]["torch"] == torch.__version__
+
+
+def test_test_images_are_normalised_once_and_measured_as_raw_ones_are(monkeypatch):
+    calls, real = [], Normalize.__call__
+    monkeypatch.setattr(Normalize, "__call__", lambda self, x, *args: calls.append(len(x)) or real(self, x, *args))
+    result, test_x = pizoo.train(small("infpi"), device="cpu"), load_dataset("digits").test_x
+    assert len(result.history) > 1 and calls.count(len(test_x)) == 1
+    normalize = result.recipe.data.normalize
+    raw, normalised = predict(result.model, test_x, normalize), predict(result.model, normalize(test_x), None)
+    assert torch.equal(raw, normalised)
 
 
 # Divergence

@@ -30,17 +30,17 @@ def choose_device(device: torch.device | str | None) -> torch.device:
 
 @torch.no_grad()
 def predict(
-    model: nn.Module, x: Tensor, normalize: Callable[..., Tensor], batch_size: int = EVALUATION_BATCH
+    model: nn.Module, x: Tensor, normalize: Callable[..., Tensor] | None, batch_size: int = EVALUATION_BATCH
 ) -> Tensor:
-    """Logits of a net in eval mode for raw inputs.
+    """Logits of a net in eval mode.
 
     In several processes, all of which must ask: each computes a part of the inputs, or, of a net whose rows are shared, its
     part of every logit.
 
     Args:
         model: a net or an attached kernel regressor; its mode is restored afterwards.
-        x: raw inputs [n, ...] as the data set holds them, on any device.
-        normalize: turns raw inputs into the net's (:class:`pizoo.data.Normalize`).
+        x: inputs [n, ...] as the data set holds them, on any device.
+        normalize: turns these into the net's (:class:`pizoo.data.Normalize`); None: they are the net's, on its device.
         batch_size: inputs at a time.
 
     Returns:
@@ -50,8 +50,10 @@ def predict(
     training = model.training
 
     def of(x: Tensor) -> Tensor:
-        parts = [model(normalize(part.to(anchor.device), anchor.dtype)).cpu() for part in x.split(batch_size)]
-        return torch.cat(parts)
+        parts = x.split(batch_size)
+        if normalize is not None:
+            parts = (normalize(part.to(anchor.device), anchor.dtype) for part in parts)
+        return torch.cat([model(part) for part in parts]).cpu()  # once: a copy to the host waits for the device
 
     model.eval()
     try:

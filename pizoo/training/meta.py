@@ -52,8 +52,8 @@ class MetaTraining(Training):
                     f"{pool.name}: images are {list(pool.input_size)}; they must be {list(recipe.data.input_size)}"
                 )
 
-    def _sizes(self) -> tuple[int, int]:
-        return samples_per_epoch(self.recipe), self.recipe.train.steps_per_epoch
+    def _sizes(self) -> tuple[int, int, int]:
+        return samples_per_epoch(self.recipe), self.recipe.train.steps_per_epoch, 0
 
     def _take(self) -> None:
         self.pool, self.validation = (split_pool(self.dataset, s).to(self.device) for s in ("train_rotated", SELECTED))

@@ -127,6 +127,7 @@ def plan(
     estimate_time: bool = False,
     rows_on: str = "auto",
     first: Mapping[str, int] | None = None,
+    tested: int = 0,
 ) -> Plan:
     """Plan the training of ``recipe`` on ``samples`` training images an epoch (:func:`samples_per_epoch` of tasks).
 
@@ -135,6 +136,7 @@ def plan(
         rows_on: "device", "host", or "auto": on the host if rows fit there and not on the device. On a CPU, and for nets
             without rows, it is all one.
         first: rows that growing layers start with, by name, where not with as many as a fresh net's.
+        tested: images that the net is measured on after every epoch.
 
     Raises:
         ValueError: another ``rows_on``.
@@ -150,7 +152,8 @@ def plan(
     mult_bytes = sum(last for _, _, last in layers) * multipliers * max(4, itemsize)
     row_bytes = sum(last * itemsize * (r_out + recipe.model.r) for r_out, _, last in layers) + mult_bytes
     row_bytes, mult_bytes = (math.ceil(part / processes.count()) for part in (row_bytes, mult_bytes))
-    data = 0 if recipe.tasks else samples * recipe.data.d * (4 + 1)  # all of Omniglot, rotated, is 100 MB
+    # As the net takes them in float32, and to train on also raw; all of Omniglot, rotated, is 100 MB.
+    data = 0 if recipe.tasks else recipe.data.d * (samples * (4 + 1) + tested * 4)
     beside = data + HEADROOM
     available, host_available = _free(device), _free(CPU)
     host_needed = row_bytes - mult_bytes + HEADROOM

@@ -61,10 +61,13 @@ class Behind:
         self._work = self._thread.submit(work)
 
     def wait(self) -> None:
-        """Until the work given is done."""
-        work, self._work = self._work, None
-        if work is not None:
-            work.result()
+        """Until the work given is done; interrupted, the next call goes on waiting."""
+        if self._work is not None:
+            try:
+                self._work.result()
+            finally:
+                if self._work.done():
+                    self._work = None
 
 
 class Snapshot:

@@ -79,10 +79,11 @@ class Training:
         self.history: list[dict[str, Any]] = []
         self.best: Snapshot | None = None  # the net of the best epoch, where that is what a training gives
         self.correct: Tensor | None = None
-        self.samples_per_epoch, self.steps_per_epoch = self._sizes()
+        self.samples_per_epoch, self.steps_per_epoch, tested = self._sizes()
         self.steps = self.steps_per_epoch * recipe.train.epochs
         self.source = source_net(recipe)
-        self.plan = plan(recipe, self.samples_per_epoch, device, rows_on=rows_on, first=initial_rows(self.source))
+        first = initial_rows(self.source)
+        self.plan = plan(recipe, self.samples_per_epoch, device, rows_on=rows_on, first=first, tested=tested)
         self.plan.check(recipe.entry)
         log.info("%s", self.plan.summary(recipe.entry))
         if processes.count() > 1:
@@ -108,8 +109,8 @@ class Training:
     def _prepare(self, engine: bool | None) -> None:
         """All a training holds: data on the device, net, optimizer, room for every row to come; where it stopped, if it did."""
         settings = self.recipe.train
-        self._take()
         self.model = self.recipe.build_model(self.device)
+        self._take()
         if self.source is not None:
             take_trunk(self.model, self.source)
             self.source = None  # its memory is wanted
@@ -154,15 +155,17 @@ class Training:
         """Raise ValueError unless the data are what the recipe wants."""
         dataset.require(recipe.data.input_size, recipe.data.classes)
 
-    def _sizes(self) -> tuple[int, int]:
-        """Samples, and steps, of an epoch."""
-        samples = len(self.dataset.train_x)
-        return samples, math.ceil(samples / self.recipe.train.batch_size)
+    def _sizes(self) -> tuple[int, int, int]:
+        """Samples, and steps, of an epoch; images that the net is measured on after it."""
+        samples, tested = len(self.dataset.train_x), 0 if self.dataset.test_x is None else len(self.dataset.test_x)
+        return samples, math.ceil(samples / self.recipe.train.batch_size), tested
 
     def _take(self) -> None:
-        """Put the data where they are trained on; set ``class_names``."""
-        self.normalize, self.class_names = self.recipe.data.normalize, self.dataset.class_names
-        self.train_x, self.train_y = (part.to(self.device) for part in (self.dataset.train_x, self.dataset.train_y))
+        """Put the data where they are trained on and, as the net takes them, measured on; set ``class_names``."""
+        dataset, self.normalize, self.class_names = self.dataset, self.recipe.data.normalize, self.dataset.class_names
+        self.train_x, self.train_y = dataset.train_x.to(self.device), dataset.train_y.to(self.device)
+        if dataset.test_x is not None:
+            self.test_x = self.normalize(dataset.test_x.to(self.device), next(self.model.parameters()).dtype)
 
     def _wants_engine(self, asked: bool | None) -> bool:
         reason = self._cannot()
@@ -269,12 +272,13 @@ class Training:
             "train_seconds": time.perf_counter() - begin,
         }
         if self.dataset.test_x is not None:
-            logits = predict(self.model, self.dataset.test_x, self.normalize)
-            if not logits.isfinite().all():
+            logits = predict(self.model, self.test_x, None)
+            try:
+                record["test_accuracy"] = accuracy(logits, self.dataset.test_y)
+            except ValueError:
                 raise TrainingDiverged(
                     f"the net's predictions after epoch {epoch + 1} are not finite; {self._kept(epoch)}. {REMEDY}"
-                )
-            record["test_accuracy"] = accuracy(logits, self.dataset.test_y)
+                ) from None
         return self._log(record | self._measure(epoch + 1))
 
     def _measure(self, epoch: int) -> dict[str, Any]:
