@@ -80,11 +80,11 @@ def kernel(
     return found
 
 
-def launch(kernel, grid: tuple[int, int], threads: int, shared: int, arguments: Sequence[object]) -> None:
+def launch(function, grid: tuple[int, int], threads: int, shared: int, arguments: Sequence[object]) -> None:
     """Launch on torch's current stream.
 
     Args:
-        kernel: from :func:`kernel`, on the current device.
+        function: from :func:`kernel`, on the current device.
         grid: programs in x and y.
         threads: of a program.
         shared: bytes of shared memory of a program.
@@ -93,7 +93,7 @@ def launch(kernel, grid: tuple[int, int], threads: int, shared: int, arguments: 
     values = [_argument(argument) for argument in arguments]
     pointers = (ctypes.c_void_p * len(values))(*[ctypes.addressof(value) for value in values])
     stream = torch.cuda.current_stream().cuda_stream
-    _call("cuLaunchKernel", kernel, *grid, 1, threads, 1, 1, shared, stream, ctypes.addressof(pointers), 0)
+    _call("cuLaunchKernel", function, *grid, 1, threads, 1, 1, shared, stream, ctypes.addressof(pointers), 0)
 
 
 def _argument(value: object):
