@@ -1,19 +1,17 @@
 """The read-out's output and Jacobian in one pass over its rows: compiles and launches ``jacobian.cu``.
 
 Triton cuts matrices into powers of two; 8 samples times 10 outputs times 400 columns then no longer fit the registers of a
-multiprocessor, and the kernel is slower than reading the rows twice. Hence CUDA C++, compiled by NVRTC when first asked for
-(half a second), through NVIDIA's own bindings, which come with PyTorch for CUDA.
+multiprocessor, and the kernel is slower than reading the rows twice. Hence CUDA C++.
 """
 
 from __future__ import annotations
 
-import ctypes
 import functools
-from importlib import resources
-from importlib.util import find_spec
 
 import torch
 from torch import Tensor
+
+from pizoo.ops import nvrtc
 
 WARPS, MULTIPLIERS = 12, 8
 ROWS = 64  # a block
@@ -29,8 +27,7 @@ def supports(r: int, r_out: int, dtype: torch.dtype, device: torch.device) -> bo
         and r % 8 == 0
         and 4 * _pairs(r_out) * -(-_blocks_of(r, 8) // MULTIPLIERS) <= REGISTERS
         and torch.cuda.get_device_capability(device) >= CAPABILITY
-        and find_spec("cuda") is not None
-        and find_spec("cuda.bindings") is not None
+        and nvrtc.available()
         and _stages(r, r_out, _properties(device).shared_memory_per_block_optin) >= 3
     )
 
@@ -70,64 +67,9 @@ def partial_sums(gbar: Tensor, A: Tensor, B: Tensor, amult: Tensor, count: Tenso
         "SHARED": shared,
         "BFLOAT16": int(A.dtype == torch.bfloat16),
     }
-    kernel = _kernel(A.device, tuple(constants.items()))
-    pointers = [0 if t is None else t.data_ptr() for t in (gbar, A, B, amult, count, partial)]
-    arguments = ((*pointers, M, b), (*[ctypes.c_void_p] * len(pointers), ctypes.c_int, ctypes.c_int))
-    stream = torch.cuda.current_stream(A.device).cuda_stream
-    _call("cuLaunchKernel", kernel, programs, tiles, 1, 32 * WARPS, 1, 1, shared, stream, arguments, 0)
+    kernel = nvrtc.kernel(A.device, "jacobian.cu", "growing_forward_jacobian", tuple(constants.items()), shared)
+    nvrtc.launch(kernel, (programs, tiles), 32 * WARPS, shared, (gbar, A, B, amult, count, partial, M, b))
     return partial
-
-
-def compile_kernel(constants: tuple[tuple[str, int], ...], capability: tuple[int, int]) -> tuple[bytes, str]:
-    """The kernel's machine code (cubin) with these constants, and the compiler's log with registers and spills.
-
-    Raises:
-        RuntimeError: the compiler's message.
-    """
-    from cuda.bindings import nvrtc
-
-    def call(name: str, *arguments):
-        status, *values = getattr(nvrtc, name)(*arguments)
-        if status != nvrtc.nvrtcResult.NVRTC_SUCCESS:
-            raise RuntimeError(f"{name}: {status.name}\n{log() if name == 'nvrtcCompileProgram' else ''}")
-        return values[0] if values else None
-
-    def read(what: str) -> bytes:
-        text = b" " * call(f"nvrtcGet{what}Size", program)
-        call(f"nvrtcGet{what}", program, text)
-        return text
-
-    def log() -> str:
-        return read("ProgramLog").decode(errors="replace").rstrip("\0\n ")
-
-    source = resources.files("pizoo.ops").joinpath("jacobian.cu").read_bytes()
-    program = call("nvrtcCreateProgram", source, b"jacobian.cu", 0, [], [])
-    options = [f"--gpu-architecture=sm_{capability[0]}{capability[1]}a", "--std=c++17", "--ptxas-options=-v"]
-    options += [f"-D{name}={value}" for name, value in constants]
-    call("nvrtcCompileProgram", program, len(options), [option.encode() for option in options])
-    return read("CUBIN"), log()
-
-
-@functools.cache
-def _kernel(device: torch.device, constants: tuple[tuple[str, int], ...]):
-    """The kernel on the current device, which is ``device``."""
-    from cuda.bindings import driver
-
-    code, _ = compile_kernel(constants, torch.cuda.get_device_capability(device))
-    kernel = _call("cuModuleGetFunction", _call("cuModuleLoadData", code), b"growing_forward_jacobian")
-    limit = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-    _call("cuFuncSetAttribute", kernel, limit, dict(constants)["SHARED"])
-    return kernel
-
-
-def _call(name: str, *arguments):
-    """A function of the CUDA driver."""
-    from cuda.bindings import driver
-
-    status, *values = getattr(driver, name)(*arguments)
-    if status != driver.CUresult.CUDA_SUCCESS:
-        raise RuntimeError(f"{name}: {status.name}")
-    return values[0] if values else None
 
 
 def _stages(r: int, r_out: int, shared: int) -> int:
