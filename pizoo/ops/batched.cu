@@ -19,28 +19,20 @@
 // Given by the compiler's command line: R, OUTPUTS, SAMPLES (a multiple of 16), BACKWARD, EARLY and LATE (chunks in a ring),
 // LINE (floats between samples of partial), SHARED (bytes of shared memory a program gets), BFLOAT16.
 
-#include "device.cuh"
-#include "wgmma.cuh"  // multiply: generated for SAMPLES
+#include "hopper.cuh"
 
-typedef unsigned long long barrier_t;
-
-constexpr int ROWS = 64, WIDTH = 64, LANES = 128;   // of a block, of a chunk, of a warpgroup
 constexpr int EARLY_COLUMNS = BACKWARD ? OUTPUTS : R, LATE_COLUMNS = BACKWARD ? R : OUTPUTS;
-__device__ constexpr int chunks_of(int columns) { return (columns + WIDTH - 1) / WIDTH; }
-__device__ constexpr int steps_of(int columns) { return (columns + 15) / 16; }  // products of 16 columns
 constexpr int EARLY_CHUNKS = chunks_of(EARLY_COLUMNS), LATE_CHUNKS = chunks_of(LATE_COLUMNS);
 constexpr int MULTIPLIERS = LATE_CHUNKS > 1 ? 2 : 1;  // warpgroups; they take chunks in turn
 constexpr int BUFFERS = BACKWARD ? 1 : 2;           // of coefficients: backward, the next block's rows wait for products anyway
 constexpr int SUMS = SAMPLES / 2;                   // of a thread: 64 x SAMPLES over a warpgroup
-constexpr int CHUNK = ROWS * WIDTH * 2;             // bytes
-constexpr int SLICE = 2 * SAMPLES * 16;             // bytes of 16 columns of inputs, or of coefficients of 16 rows
+constexpr int SLICE = slice_of(SAMPLES);
+constexpr unsigned long long SLICE_MATRIX = slice_matrix(SAMPLES);
 // Four warpgroups of 128 registers a thread when the program starts.
 constexpr bool MANY_SUMS = LATE_CHUNKS > 4;
 constexpr int FETCHER_REGISTERS = BACKWARD ? 24 : 32, MAKER_REGISTERS = !BACKWARD ? 112 : MANY_SUMS ? 128 : 168;
 constexpr int FIRST_REGISTERS = MANY_SUMS ? 208 : 168, SECOND_REGISTERS = BACKWARD ? 152 : 160;
 static_assert(FETCHER_REGISTERS + MAKER_REGISTERS + FIRST_REGISTERS + SECOND_REGISTERS <= 4 * 128, "more registers than there are");
-
-struct TensorMap { alignas(64) unsigned char bytes[128]; };
 
 struct Memory {
     alignas(1024) unsigned char early[EARLY][CHUNK];  // as the copy engine writes chunks: lines of 128 bytes, swizzled
@@ -53,44 +45,6 @@ struct Memory {
 };
 static_assert(sizeof(Memory) <= SHARED, "the rings do not fit shared memory");
 static_assert(LATE >= (BACKWARD ? LATE_CHUNKS : 2) && EARLY >= 2, "too few chunks in a ring");
-
-// Where a matrix product finds a matrix: address, two strides and the swizzle, all but the last in units of 16 bytes.
-// Chunks: 8 lines of 128 bytes apart, swizzled, be it columns or rows that are summed over. The others, not swizzled: groups of
-// 8 samples are 128 bytes apart, groups of 8 columns of inputs, or of 8 rows of coefficients, SLICE / 2.
-constexpr unsigned long long CHUNK_MATRIX = (1ull << 62) | ((8 * 128ull >> 4) << 32) | (1ull << 16);
-constexpr unsigned long long SLICE_MATRIX = ((128ull >> 4) << 32) | ((SLICE / 2ull >> 4) << 16);
-__device__ __forceinline__ unsigned long long matrix(unsigned long long kind, unsigned address) { return kind | (address >> 4); }
-
-// Products run beside the program from commit_products on; their sums may be touched after wait_for_products.
-__device__ __forceinline__ void begin_products() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
-__device__ __forceinline__ void commit_products() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
-template <int LEFT>
-__device__ __forceinline__ void wait_for_products() { asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(LEFT) : "memory"); }
-// Keeps the compiler from moving what it does with sums across this point.
-__device__ __forceinline__ void settle(float (&sums)[SUMS]) {
-    #pragma unroll
-    for (int i = 0; i < SUMS; i++) asm volatile("" : "+f"(sums[i])::"memory");
-}
-__device__ __forceinline__ void show_to_products() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
-__device__ __forceinline__ void wait_for_warpgroup(int id) { asm volatile("bar.sync %0, %1;" ::"r"(id), "n"(LANES) : "memory"); }
-template <int REGISTERS>
-__device__ __forceinline__ void give_registers() { asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(REGISTERS)); }
-template <int REGISTERS>
-__device__ __forceinline__ void take_registers() { asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(REGISTERS)); }
-// Once a warp.
-__device__ __forceinline__ void release(barrier_t* barrier) {
-    __syncwarp();
-    if (threadIdx.x % 32 == 0) arrive(barrier);
-}
-
-// This program's blocks: the first row of the first, from one to the next, and where rows in use end.
-struct Share {
-    int first, step, count;
-    __device__ Share(const long long* rows_in_use, int M) {
-        first = blockIdx.x * ROWS, step = gridDim.x * ROWS;
-        count = rows_in_use ? (int)min(*rows_in_use, (long long)M) : M;
-    }
-};
 
 // A place in a ring of SLOTS, and how often, even or odd, it has been passed.
 template <int SLOTS>
@@ -111,9 +65,7 @@ __device__ __forceinline__ void fetch(const TensorMap& rows, unsigned char (*rin
         for (int c = 0; c < CHUNKS; c++) {
             wait(&used[place.slot], place.phase + 1);  // the first time around nobody has used it: that phase counts as past
             arrive(&arrived[place.slot], CHUNK);
-            asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];"
-                         ::"r"(shared_address(ring[place.slot])), "l"(&rows), "r"(c * WIDTH), "r"(first),
-                           "r"(shared_address(&arrived[place.slot])) : "memory");
+            fetch_chunk(ring[place.slot], rows, c * WIDTH, first, &arrived[place.slot]);
             place.advance();
         }
 }
@@ -146,20 +98,6 @@ __device__ __forceinline__ void contract(float (&sums)[SUMS], unsigned char (*ri
     if (LET_GO) release(&used[before]);
 }
 
-// Zero to a program's inputs [SAMPLES, COLUMNS] in the order products want, divided by a unit of their sample.
-template <int COLUMNS>
-__device__ __forceinline__ void store_inputs(half_t (*to)[SAMPLES][8], const float* from, int samples, const float* unit) {
-    for (int i = threadIdx.x; i < 2 * steps_of(COLUMNS) * SAMPLES; i += blockDim.x) {
-        const int sample = i % SAMPLES, group = i / SAMPLES;
-        const float inverse = unit ? inverse_power(unit[sample]) : 1.0f;
-        auto at = [&](int j) {
-            const int column = 8 * group + j;
-            return sample < samples && column < COLUMNS ? from[(long long)sample * COLUMNS + column] * inverse : 0.0f;
-        };
-        *(uint4*)to[group][sample] = make_uint4(pack(at(0), at(1)), pack(at(2), at(3)), pack(at(4), at(5)), pack(at(6), at(7)));
-    }
-}
-
 // The products of one multiplier, [64 columns, SAMPLES] a chunk. Every chunk is let go by both multipliers: whoever skipped one
 // could take a barrier's phase for the one after.
 template <int MULTIPLIER>
@@ -172,17 +110,7 @@ __device__ __forceinline__ void multiply_blocks(Memory& memory, const Share& sha
     int before = 0;
     for (int rows = share.count - share.first; rows > 0; rows -= share.step) {
         wait(&memory.made[made.slot], made.phase);
-        const float next = memory.unit[made.slot];
-        if (next != unit) {
-            const float factor = unit * inverse_power(next);
-            #pragma unroll
-            for (int t = 0; t < TILES; t++) {
-                #pragma unroll
-                for (int i = 0; i < SUMS; i++) sums[t][i] *= factor;
-                settle(sums[t]);
-            }
-            unit = next;
-        }
+        change_unit(sums, unit, memory.unit[made.slot]);
         const unsigned coefficients = shared_address(memory.coefficients[made.slot]);
         #pragma unroll
         for (int c = 0; c < LATE_CHUNKS; c++) {
@@ -192,8 +120,8 @@ __device__ __forceinline__ void multiply_blocks(Memory& memory, const Share& sha
                 place.advance();
                 continue;
             }
-            if (rows < ROWS) {  // what stands beyond rows in use may be anything: zero times it might not be zero
-                for (int j = 8 * rows + thread; j < 8 * ROWS; j += LANES) ((uint4*)memory.late[place.slot])[j] = make_uint4(0, 0, 0, 0);
+            if (rows < ROWS) {
+                clear_beyond(memory.late[place.slot], rows, thread);
                 show_to_products();
                 wait_for_warpgroup(2 + MULTIPLIER);
             }
@@ -263,8 +191,6 @@ __device__ __forceinline__ void make_blocks(Memory& memory, const Share& share, 
             largest = fmaxf(largest, fabsf(q[i]));
         }
 
-        // One unit for the block: kept while it is near enough, and no smaller than 2^-40 of the largest coefficient so far, so
-        // that sums cannot overflow.
         #pragma unroll
         for (int shift = 16; shift; shift /= 2) largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, shift));
         const int turn = BUFFERS == 1 ? made.phase : made.slot;  // even or odd
@@ -272,9 +198,7 @@ __device__ __forceinline__ void make_blocks(Memory& memory, const Share& share, 
         wait_for_warpgroup(1);
         #pragma unroll
         for (int w = 0; w < 4; w++) largest = fmaxf(largest, memory.largest[turn][w]);
-        top = fmaxf(top, largest);
-        const float near = power_of_two(fmaxf(largest, top * 9.094947e-13f));
-        if (near > 32 * unit || 32 * near < unit) unit = near;
+        follow(largest, unit, top);
         const float inverse = inverse_power(unit);
 
         wait(&memory.multiplied[made.slot], made.phase + 1);

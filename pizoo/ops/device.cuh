@@ -4,6 +4,7 @@
 
 typedef unsigned short half_t;
 typedef unsigned int pair_t;  // two halves
+typedef unsigned long long barrier_t;
 
 __device__ __forceinline__ pair_t pack(float low, float high) {
     pair_t out;
@@ -27,13 +28,13 @@ __device__ __forceinline__ unsigned shared_address(const void* pointer) {
     return (unsigned)__cvta_generic_to_shared(pointer);
 }
 // Barriers in shared memory: threads arrive, copies of rows report the bytes announced, others wait for the phase to end.
-__device__ __forceinline__ void expect(unsigned long long* barrier, int arrivals) {
+__device__ __forceinline__ void expect(barrier_t* barrier, int arrivals) {
     asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(arrivals) : "memory");
 }
-__device__ __forceinline__ void arrive(unsigned long long* barrier, int bytes = 0) {
+__device__ __forceinline__ void arrive(barrier_t* barrier, int bytes = 0) {
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes) : "memory");
 }
-__device__ __forceinline__ void wait(unsigned long long* barrier, int phase) {
+__device__ __forceinline__ void wait(barrier_t* barrier, int phase) {
     asm volatile("{\n.reg .pred done;\nagain:\n"
                  "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n@!done bra again;\n}"
                  ::"r"(shared_address(barrier)), "r"(phase & 1) : "memory");

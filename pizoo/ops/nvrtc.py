@@ -14,7 +14,7 @@ from importlib.util import find_spec
 import torch
 
 Constants = tuple[tuple[str, int], ...]
-HEADERS = ("device.cuh",)
+HEADERS = ("device.cuh", "hopper.cuh")
 
 
 def available() -> bool:
