@@ -15,6 +15,7 @@ import runpy
 import sys
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import numpy
@@ -24,7 +25,7 @@ from packaging.version import Version
 
 from pizoo import ops
 from pizoo.functional import unit
-from pizoo.ops import blocked, jacobian, reference
+from pizoo.ops import batched, blocked, hopper, jacobian, nvrtc, reference
 from pizoo.rows import converted
 
 CUDA = torch.cuda.is_available()
@@ -38,6 +39,9 @@ TOLERANCE = {
     torch.float32: 1e-5,
     torch.float64: 1e-12,
 }
+
+
+SHARED = 232_448  # bytes of shared memory that a program gets on an H100 or H200
 
 
 class Case(NamedTuple):
@@ -231,17 +235,72 @@ def test_fused_jacobian_matches_the_definition_on_the_grid(r):
     assert checked or torch.cuda.get_device_capability() < (9, 0)
 
 
-@pytest.mark.parametrize("shape", [(400, 10), (408, 10), (64, 10), (8, 1), (512, 8)], ids=str)
+@pytest.mark.parametrize("shape", [(400, 10), (408, 10), (64, 10), (8, 1), (512, 8), (200, 7)], ids=str)
 def test_the_jacobian_kernel_compiles_and_keeps_its_sums_in_registers(shape):
     pytest.importorskip("cuda.bindings.nvrtc", reason="comes with PyTorch for CUDA")
     r, r_out = shape
-    shared = 232_448  # what a program gets on an H100 or H200
-    for brain_float in (0, 1):
-        constants = {"R": r, "OUTPUTS": r_out, "STRIDE_A": 16, "STRIDE_B": -(-r // 8) * 8}
-        constants |= {"STAGES": jacobian._stages(r, r_out, shared), "SHARED": shared, "BFLOAT16": brain_float}
-        code, log = jacobian.compile_kernel(tuple(constants.items()), (9, 0))
+    for dtype in (half, brain):
+        constants = jacobian.constants_of(r, r_out, 16, dtype, SHARED)
+        code, log = nvrtc.compile_source("jacobian.cu", constants, (9, 0), jacobian.headers(r_out, dtype))
         assert code.startswith(b"\x7fELF")
         assert "0 bytes spill stores, 0 bytes spill loads" in log, log
+        assert "wgmma.mma_async instructions are serialized" not in log, log
+
+
+BATCHES = [(80, 400, 400, half), (80, 400, 10, brain), (80, 100, 1, half), (17, 100, 400, half)]
+
+
+@pytest.mark.parametrize("shape", BATCHES, ids=str)
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
+def test_the_kernel_for_batches_compiles_and_keeps_its_sums_in_registers(shape, backward):
+    pytest.importorskip("cuda.bindings.nvrtc", reason="comes with PyTorch for CUDA")
+    b, r, r_out, dtype = shape
+    constants = batched.constants_of(b, r, r_out, backward, r + 4 if backward else r_out, dtype, SHARED)
+    header = hopper.headers((dict(constants)["SAMPLES"],), dtype)
+    code, log = nvrtc.compile_source("batched.cu", constants, (9, 0), header)
+    assert code.startswith(b"\x7fELF")
+    assert "0 bytes spill stores, 0 bytes spill loads" in log, log
+    assert "wgmma.mma_async instructions are serialized" not in log, log
+
+
+def test_batches_go_to_the_kernel_for_them_where_it_can_run(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(nvrtc, "available", lambda: True)
+    monkeypatch.setattr(hopper, "properties", lambda device: SimpleNamespace(shared_memory_per_block_optin=SHARED))
+
+    def supports(b=80, r=400, r_out=400, dtype=half, stride=None, backward=True, offset=0) -> bool:
+        memory = torch.zeros(64 * 600, dtype=dtype)[offset:]
+        A, B = (memory.as_strided((64, n), (stride or -(-n // 8) * 8, 1)).as_subclass(LikeOnAGpu) for n in (r_out, r))
+        return batched.supports(b, A, B, backward)
+
+    assert supports() and supports(dtype=brain) and supports(17) and supports(160) and supports(r=7, r_out=1)
+    assert not supports(16), "Triton keeps up with few samples"
+    assert not supports(dtype=byte) and not supports(dtype=single)
+    assert not supports(stride=401) and not supports(offset=4), "rows must start at multiples of 16 bytes"
+    assert not supports(r_out=500, backward=False) and not supports(r=512), "sums or inputs do not fit"
+    for capability in ((8, 0), (10, 0)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, found=capability: found)
+        assert not supports()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not CUDA or torch.cuda.get_device_capability() != (9, 0), reason="needs a Hopper GPU")
+@pytest.mark.parametrize("b", [17, 33, 40, 64, 65, 80, 96])
+@pytest.mark.parametrize("shape", [(400, 400), (200, 400), (400, 10)], ids=str)
+def test_the_kernel_for_batches_matches_the_definition_on_the_grid(b, shape, monkeypatch):
+    from pizoo.ops import triton
+
+    calls, partial_sums = [], batched.partial_sums
+    monkeypatch.setattr(batched, "partial_sums", lambda *args: calls.append(b) or partial_sums(*args))
+    r, r_out = shape
+    scales = ((1.0, 1.0), (1e-6, 1e-6), (4.0, 1.0))
+    for M, unused, dtype, (amult, A) in itertools.product((1, 63, 64, 65, 4097), (0, 70), (half, brain), scales):
+        inputs = rows(Case(M, r, r_out, b, dtype, amult, A, unused, stride=-(-r_out // 16) * 16))
+        for op in OPS[:2]:
+            result = call(triton, op, *inputs)
+            assert error(result, op, *inputs) <= TOLERANCE[dtype], (M, unused, dtype, amult, A, op)
+            assert torch.equal(result[0], call(triton, op, *inputs)[0])
+    assert len(calls) == 5 * 2 * 2 * 3 * 4
 
 
 @pytest.mark.gpu

@@ -1,4 +1,4 @@
-// The read-out's output and Jacobian in one pass over its rows, for NVIDIA GPUs from compute capability 9.0.
+// The read-out's output and Jacobian in one pass over its rows, for NVIDIA GPUs of compute capability 9.0.
 //
 // Computes what pizoo.ops.reference.growing_forward_jacobian says, with w = amult A:
 //     partial[program, b, o, :r]    = sum_m F11(q_bm) w_mo B_m
@@ -6,346 +6,215 @@
 //     partial[program, b, o, r + 1] = sum_m F02(q_bm) w_mo   (and 2 columns of padding: lines start at multiples of 16 bytes)
 // over this program's rows, q = gbar B^T clamped to [-1, 1].
 //
-// One program a multiprocessor keeps all 8 x OUTPUTS x r sums in its registers: 8 samples times OUTPUTS make the rows of the
-// matrix products. Its warps have two roles. Makers fetch blocks of rows into a ring of STAGES buffers and make each block's
-// factors, ahead of the products: correlations, F and weights, 16 rows a warp. Multipliers own a share of the columns each
-// and do the products. So memory, arithmetic and tensor cores overlap; few registers of makers leave more to multipliers.
+// One program a multiprocessor keeps all SAMPLES x OUTPUTS x r sums in its registers: columns of B stand first in the products,
+// samples of each output second. Blocks of 64 rows come into a ring of STAGES buffers, chunk by chunk, and are read there as they
+// lie by both products: for the correlations along the columns, for the sums along the rows. The warpgroups have roles:
+//     a maker turns a block's correlations into weights F11 w and adds up the outputs;
+//     two multipliers own a share of the columns each and add weights times rows to their sums; they fetch the rows, too.
+// No atomics, fixed order: two runs give the same bits.
 //
-// The factor F11 w of a product is made where it is used: with samples and pairs of outputs as the 16 rows of a fragment, a
-// thread needs F11 of its own sample and w of its own rows, and multiplies them in pairs.
-//
-// Weights are scaled by a power of two per 8 rows, so that tiny multipliers or tiny rows do not underflow; sums are kept in a
-// power of two near the largest weight of the latest block. No atomics, fixed order: two runs give the same bits.
-//
-// Given by the compiler's command line: R (a multiple of 8), OUTPUTS, STRIDE_A, STRIDE_B (in elements; rows of B start at
-// multiples of 16 bytes), STAGES, SHARED (bytes of shared memory a program gets), BFLOAT16.
+// Given by the compiler's command line: R (a multiple of 8), OUTPUTS, SAMPLES (8), STRIDE_A (in elements; rows of A start at even
+// ones), STAGES, SHARED (bytes of shared memory a program gets), BFLOAT16.
 
-typedef unsigned short half_t;
-typedef unsigned int pair_t;  // two halves
+#include "hopper.cuh"
 
-constexpr int MULTIPLIERS = 8, MAKERS = 4;  // warps
-constexpr int ROWS = 16 * MAKERS;
-constexpr int BUFFERS = 2;  // of factors: makers one block ahead leave two of four stages to rows on their way
-constexpr int STEPS = (R + 15) / 16;                               // products of 16 columns that make a correlation
-constexpr int TILES = (R / 8 + MULTIPLIERS - 1) / MULTIPLIERS;     // 8 columns each, of a multiplier
-constexpr int PAIRS = (OUTPUTS + 1) / 2;                           // of outputs: 16 rows of a fragment
-constexpr int LINE = (STEPS * 2 + 1) * 16;                         // bytes between rows: an odd number of 16 meets all banks
-constexpr int STAGE = ROWS * LINE;
-constexpr int F_LINE = ROWS + 8;                                   // halves; the shift keeps 8 samples on different banks
-struct Factors {                                          // of one block of rows
-    alignas(16) half_t weights[ROWS / 16][4][8 * PAIRS];  // [16 rows][thread of a quad][output][2 + 2 rows]
-    half_t F[3][8][F_LINE];                               // F00, F11, F02 [sample][row]
-    float unit[ROWS / 8];                                 // of the weights of 8 rows
-};
+constexpr int CHUNKS = R > WIDTH ? chunks_of(R) : 2;  // at least one for either multiplier
+constexpr int FIRST_CHUNKS = (CHUNKS + 1) / 2;        // of the first multiplier; the second has the others
+constexpr int PAIRS = (OUTPUTS + 1) / 2;
+constexpr int COLUMNS = 2 * PAIRS * SAMPLES;          // of the products: all samples of each output
+constexpr int BUFFERS = 2;                            // of weights
+// Three warpgroups of 168 registers a thread when the program starts.
+constexpr int MAKER_REGISTERS = 120, MULTIPLIER_REGISTERS = 192;
 
 struct Memory {
-    Factors factors[BUFFERS];
-    uint2 inputs[STEPS][32];  // of a lane, as fragments
-    unsigned long long arrived[STAGES], used[STAGES], made[BUFFERS];  // barriers: of rows, of rows and factors, of factors
-    alignas(16) unsigned char ring[STAGES][ROWS][LINE];
+    alignas(1024) unsigned char ring[STAGES][CHUNKS][CHUNK];
+    alignas(16) half_t gbar[2 * steps_of(R)][SAMPLES][8];                 // [group of 8 columns][sample][column]
+    alignas(16) half_t weights[BUFFERS][ROWS / 8][2 * PAIRS][8][SAMPLES];  // [group of 8 rows][output][row][sample]
+    float unit[BUFFERS], largest[BUFFERS][4], outputs[4][SAMPLES][OUTPUTS][2];
+    barrier_t arrived[STAGES], used[STAGES], made[BUFFERS];  // of rows, of rows and weights, of weights
 };
-static_assert(sizeof(Memory) + 256 <= SHARED, "the ring of stages does not fit shared memory");  // a tile may look beyond it
-static_assert(8 * OUTPUTS * (R + 4) * 4 <= STAGES * STAGE, "the sums do not fit the ring");
+static_assert(sizeof(Memory) <= SHARED, "the ring does not fit shared memory");
+static_assert(SAMPLES * OUTPUTS * (R + 4) * 4 <= sizeof(Memory::ring), "the sums do not fit the ring");
 
-__device__ __forceinline__ pair_t pack(float low, float high) {
-    pair_t out;
-#if BFLOAT16
-    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(out) : "f"(high), "f"(low));
-#else
-    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(out) : "f"(high), "f"(low));
-#endif
-    return out;
-}
-__device__ __forceinline__ float unpack(half_t x) {
-    float out;
-#if BFLOAT16
-    out = __int_as_float((int)x << 16);
-#else
-    asm("cvt.f32.f16 %0, %1;" : "=f"(out) : "h"(x));
-#endif
-    return out;
-}
-__device__ __forceinline__ pair_t multiply(pair_t a, pair_t b) {
-    pair_t out;
-#if BFLOAT16
-    asm("mul.rn.bf16x2 %0, %1, %2;" : "=r"(out) : "r"(a), "r"(b));
-#else
-    asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(out) : "r"(a), "r"(b));
-#endif
-    return out;
-}
-// sums [16, 8] += a [16, 16] b [16, 8]
-__device__ __forceinline__ void product(float (&sums)[4], pair_t a0, pair_t a1, pair_t a2, pair_t a3, pair_t b0, pair_t b1) {
-#if BFLOAT16
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-#else
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-#endif
-        : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
-        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
-}
-// Four 8 x 8 matrices of halves; a lane gives the address of one of their 32 lines.
-__device__ __forceinline__ void load_matrices(pair_t (&x)[4], unsigned address) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
-                 : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3]) : "r"(address) : "memory");
-}
-__device__ __forceinline__ void load_transposed(pair_t& x, pair_t& y, pair_t& z, pair_t& w, unsigned address) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
-                 : "=r"(x), "=r"(y), "=r"(z), "=r"(w) : "r"(address) : "memory");
-}
-__device__ __forceinline__ unsigned shared_address(const void* pointer) {
-    return (unsigned)__cvta_generic_to_shared(pointer);
-}
-// Barriers in shared memory: threads arrive, copies of rows report the bytes announced, others wait for the phase to end.
-__device__ __forceinline__ void expect(unsigned long long* barrier, int arrivals) {
-    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(arrivals) : "memory");
-}
-__device__ __forceinline__ void arrive(unsigned long long* barrier, int bytes = 0) {
-    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes) : "memory");
-}
-__device__ __forceinline__ void wait(unsigned long long* barrier, int phase) {
-    asm volatile("{\n.reg .pred done;\nagain:\n"
-                 "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n@!done bra again;\n}"
-                 ::"r"(shared_address(barrier)), "r"(phase & 1) : "memory");
-}
-__device__ __forceinline__ void copy_row(unsigned char* to, const half_t* from, unsigned long long* barrier) {
-    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
-                 ::"r"(shared_address(to)), "l"(from), "n"(2 * R), "r"(shared_address(barrier)) : "memory");
-}
-template <int WARPS>
-__device__ __forceinline__ void wait_for_warps() {
-    asm volatile("bar.sync %0, %1;" ::"n"(WARPS), "n"(32 * WARPS) : "memory");
+// One thread: the rows of a block into their place in the ring, which nobody reads any more.
+__device__ __forceinline__ void fetch(Memory& memory, const TensorMap& rows, const Share& share, int turn) {
+    const int stage = turn % STAGES;
+    arrive(&memory.arrived[stage], CHUNKS * CHUNK);
+    for (int c = 0; c < CHUNKS; c++)
+        fetch_chunk(memory.ring[stage][c], rows, c * WIDTH, share.first + turn * share.step, &memory.arrived[stage]);
 }
 
-// The power of two at or below x; x at least 0.
-__device__ __forceinline__ float power_of_two(float x) {
-    return __int_as_float(__float_as_int(fminf(fmaxf(x, 1e-37f), 1e37f)) & 0x7F800000);
+// The products of one multiplier: OWN chunks from FIRST on. In the end the sums stand in the ring, [sample][output][R + 4].
+template <int FIRST, int OWN>
+__device__ __forceinline__ void multiply_blocks(Memory& memory, const TensorMap& rows, const Share& share, int turns) {
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    float sums[OWN][COLUMNS / 2] = {}, unit = 0.0f;
+    for (int turn = 0; turn < turns; turn++) {
+        const int stage = turn % STAGES, buffer = turn % BUFFERS;
+        wait(&memory.made[buffer], turn / BUFFERS);
+        wait(&memory.arrived[stage], turn / STAGES);  // the maker has seen the rows; now they are visible here too
+        change_unit(sums, unit, memory.unit[buffer]);
+        const unsigned chunks = shared_address(memory.ring[stage][FIRST]), weights = shared_address(memory.weights[buffer]);
+        begin_products();
+        #pragma unroll
+        for (int k = 0; k < ROWS / 16; k++)
+            #pragma unroll
+            for (int t = 0; t < OWN; t++)
+                multiply<1>(sums[t], matrix(CHUNK_MATRIX, chunks + t * CHUNK + k * 16 * 128),
+                            matrix(slice_matrix(COLUMNS), weights + k * slice_of(COLUMNS)), 1);
+        commit_products();
+        wait_for_products<0>();
+        #pragma unroll
+        for (int t = 0; t < OWN; t++) settle(sums[t]);
+        release(&memory.used[stage]);
+        if (FIRST && threadIdx.x == LANES && turn + STAGES < turns) {
+            wait(&memory.used[stage], turn / STAGES);
+            fetch(memory, rows, share, turn + STAGES);
+        }
+        __syncwarp();
+    }
+    __syncthreads();
+    float* to = (float*)memory.ring;
+    #pragma unroll
+    for (int t = 0; t < OWN; t++)
+        #pragma unroll
+        for (int i = 0; i < COLUMNS / 2; i++) {
+            const int sample = lane % 4 * 2 + i % 2, o = i / 4;
+            const int column = WIDTH * (FIRST + t) + 16 * (warp % 4) + 8 * (i / 2 % 2) + lane / 4;
+            if (o < OUTPUTS && column < R) to[(sample * OUTPUTS + o) * (R + 4) + column] = sums[t][i] * unit;
+        }
 }
-__device__ __forceinline__ float root(float x) {
-    asm("sqrt.approx.ftz.f32 %0, %0;" : "+f"(x));
-    return x;
-}
-__device__ __forceinline__ float inverse_power(float power) { return __int_as_float(0x7F000000 - __float_as_int(power)); }
 
-// F00, F11 and F02 of a correlation; acos by Abramowitz and Stegun 4.4.46, error 2e-8.
-__device__ __forceinline__ void arc_cosine_kernels(float q, float& F00, float& F11, float& F02) {
-    q = fminf(fmaxf(q, -1.0f), 1.0f);
-    float x = fabsf(q), poly = -0.0012624911f;
-    poly = poly * x + 0.0066700901f;
-    poly = poly * x - 0.0170881256f;
-    poly = poly * x + 0.0308918810f;
-    poly = poly * x - 0.0501743046f;
-    poly = poly * x + 0.0889789874f;
-    poly = poly * x - 0.2145988016f;
-    poly = poly * x + 1.5707963050f;
-    const float TURNS = 0.15915494309189535f;
-    float acos = root(1 - x) * poly * TURNS;
-    F11 = q > 0 ? 0.5f - acos : acos;
-    F02 = root((1 - x) * (1 + x)) * TURNS;
-    F00 = F02 + q * F11;
+// The weights of all blocks, and the outputs. A thread has 2 rows of a block, 8 apart, and 2 samples of each.
+__device__ __forceinline__ void make_blocks(Memory& memory, const Share& share, const half_t* A, const float* amult, int turns) {
+    const int thread = threadIdx.x % LANES, warp = thread / 32, lane = thread % 32, own_row = 16 * warp + lane / 4;
+    float outputs[OUTPUTS][2][2] = {}, unit = 0.0f, top = 0.0f;
+    // Rows of A and multipliers, loaded a turn ahead, straight from memory.
+    pair_t next_A[2][PAIRS];
+    float next_amult[2];
+    auto fetch_weights = [&](int turn) {
+        #pragma unroll
+        for (int h = 0; h < 2; h++) {
+            const int row = share.first + turn * share.step + own_row + 8 * h;
+            const bool used = turn < turns && row < share.count;
+            const half_t* from = A + (long long)row * STRIDE_A;
+            next_amult[h] = used ? amult[row] : 0.0f;
+            #pragma unroll
+            for (int p = 0; p < PAIRS; p++)
+                next_A[h][p] = !used ? 0 : 2 * p + 1 < OUTPUTS ? *(const pair_t*)&from[2 * p] : from[2 * p];
+        }
+    };
+    fetch_weights(0);
+    for (int turn = 0; turn < turns; turn++) {
+        const int stage = turn % STAGES, buffer = turn % BUFFERS;
+        float w[2][2 * PAIRS], largest = 0.0f;
+        #pragma unroll
+        for (int h = 0; h < 2; h++)
+            #pragma unroll
+            for (int o = 0; o < 2 * PAIRS; o++) {
+                w[h][o] = unpack((half_t)(next_A[h][o / 2] >> o % 2 * 16)) * next_amult[h];
+                largest = fmaxf(largest, fabsf(w[h][o]));
+            }
+        #pragma unroll
+        for (int shift = 16; shift >= 4; shift /= 2) largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, shift));
+        if (lane == 0) memory.largest[buffer][warp] = largest;
+        fetch_weights(turn + 1);
+
+        wait(&memory.arrived[stage], turn / STAGES);
+        const unsigned chunks = shared_address(memory.ring[stage]), gbar = shared_address(memory.gbar);
+        float q[SAMPLES / 2];
+        begin_products();
+        #pragma unroll
+        for (int k = 0; k < steps_of(R); k++)
+            multiply<0>(q, matrix(CHUNK_MATRIX, chunks + k / 4 * CHUNK + k % 4 * 32),
+                        matrix(slice_matrix(SAMPLES), gbar + k * slice_of(SAMPLES)), k > 0);
+        commit_products();
+        wait_for_products<0>();
+        settle(q);
+        wait_for_warpgroup(1);
+        #pragma unroll
+        for (int i = 0; i < 4; i++) largest = fmaxf(largest, memory.largest[buffer][i]);
+        follow(largest, unit, top);
+
+        float F00[4], F11[4], F02[4];
+        #pragma unroll
+        for (int i = 0; i < 4; i++) arc_cosine_kernels(q[i], F00[i], F11[i], F02[i]);
+        #pragma unroll
+        for (int o = 0; o < OUTPUTS; o++)
+            #pragma unroll
+            for (int i = 0; i < 4; i++) {
+                outputs[o][i % 2][0] += F00[i] * w[i / 2][o];
+                outputs[o][i % 2][1] += F02[i] * w[i / 2][o];
+            }
+
+        if (turn >= BUFFERS) wait(&memory.used[(turn - BUFFERS) % STAGES], (turn - BUFFERS) / STAGES);
+        const float inverse = inverse_power(unit);
+        #pragma unroll
+        for (int h = 0; h < 2; h++) {
+            const float low = F11[2 * h] * inverse, high = F11[2 * h + 1] * inverse;
+            #pragma unroll
+            for (int o = 0; o < 2 * PAIRS; o++)
+                ((pair_t*)memory.weights[buffer][2 * warp + h][o])[lane] = pack(low * w[h][o], high * w[h][o]);
+        }
+        if (thread == 0) memory.unit[buffer] = unit;
+        const int rows = share.count - share.first - turn * share.step;
+        if (rows < ROWS)
+            for (int c = 0; c < CHUNKS; c++) clear_beyond(memory.ring[stage][c], rows, thread);
+        show_to_products();
+        release(&memory.made[buffer]);
+    }
+    #pragma unroll
+    for (int o = 0; o < OUTPUTS; o++)
+        #pragma unroll
+        for (int i = 0; i < 4; i++) {
+            float& sum = outputs[o][i / 2][i % 2];
+            #pragma unroll
+            for (int shift = 16; shift >= 4; shift /= 2) sum += __shfl_xor_sync(~0u, sum, shift);
+            if (lane < 4) memory.outputs[warp][2 * lane + i / 2][o][i % 2] = sum;
+        }
+    __syncthreads();
+    float* to = (float*)memory.ring;
+    for (int i = thread; i < SAMPLES * OUTPUTS * 4; i += LANES) {
+        float sum = 0.0f;
+        if (i % 4 < 2)
+            for (int j = 0; j < 4; j++) sum += memory.outputs[j][0][i / 4][i % 4];
+        to[i / 4 * (R + 4) + R + i % 4] = sum;
+    }
 }
 
-extern "C" __global__ void __launch_bounds__(32 * (MULTIPLIERS + MAKERS), 1)
-growing_forward_jacobian(const float* __restrict__ gbar, const half_t* __restrict__ A, const half_t* __restrict__ B,
+extern "C" __global__ void __launch_bounds__(3 * LANES, 1)
+growing_forward_jacobian(const __grid_constant__ TensorMap rows, const float* __restrict__ gbar, const half_t* __restrict__ A,
                          const float* __restrict__ amult, const long long* __restrict__ rows_in_use,
                          float* __restrict__ partial, int M, int b) {
-    extern __shared__ __align__(16) unsigned char bytes[];
+    extern __shared__ __align__(1024) unsigned char bytes[];
     Memory& memory = *(Memory*)bytes;
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, quad = lane % 4;
-    const int program = blockIdx.x, programs = gridDim.x, first_sample = 8 * blockIdx.y;
+    const int warpgroup = threadIdx.x / LANES, first_sample = SAMPLES * blockIdx.y, samples = min(SAMPLES, b - first_sample);
+    const Share share(rows_in_use, M);
+    if (share.first >= share.count) return;
+    const int turns = (share.count - share.first - 1) / share.step + 1;
 
-    const int count = rows_in_use ? (int)min(*rows_in_use, (long long)M) : M;
-    const int blocks = (count + ROWS - 1) / ROWS;
-    const int turns = program < blocks ? (blocks - program + programs - 1) / programs : 0;
-    if (!turns) return;
-
-    // Rows beyond the last block's stay as they were, finite, and weigh nothing.
-    for (unsigned i = threadIdx.x; i < sizeof(Memory) / 16; i += blockDim.x) ((uint4*)bytes)[i] = make_uint4(0, 0, 0, 0);
-    __syncthreads();
-    if (threadIdx.x < STAGES) {
-        expect(&memory.arrived[threadIdx.x], MAKERS);
-        expect(&memory.used[threadIdx.x], MULTIPLIERS);
-    } else if (threadIdx.x < STAGES + BUFFERS) {
-        expect(&memory.made[threadIdx.x - STAGES], MAKERS);
+    if (threadIdx.x == 0) {
+        for (int i = 0; i < STAGES; i++) expect(&memory.arrived[i], 1), expect(&memory.used[i], 8);
+        for (int i = 0; i < BUFFERS; i++) expect(&memory.made[i], 4);
+        show_to_products();
+        for (int turn = 0; turn < min(STAGES, turns); turn++) fetch(memory, rows, share, turn);
     }
-    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+    store_inputs<R>(memory.gbar, gbar + (long long)first_sample * R, samples, nullptr);
+    show_to_products();
     __syncthreads();
 
-    if (warp >= MULTIPLIERS) {
-        asm volatile("setmaxnreg.dec.sync.aligned.u32 104;");
-        const int maker = warp - MULTIPLIERS;
-        auto first_row = [&](int n) { return (program + (long long)n * programs) * ROWS + 16 * maker; };
-        auto fetch = [&](int n) {
-            if (n >= turns) return;
-            const long long first = first_row(n);
-            const int rows = (int)max(0ll, min(16ll, count - first));
-            if (lane == 0) arrive(&memory.arrived[n % STAGES], rows * 2 * R);
-            __syncwarp();
-            if (lane < rows)
-                copy_row(memory.ring[n % STAGES][16 * maker + lane], B + (first + lane) * STRIDE_B, &memory.arrived[n % STAGES]);
-        };
-        // A and multipliers of two rows: loaded a turn ahead, straight from memory. Four lanes share the outputs of a row.
-        half_t A_next[2][(OUTPUTS + 3) / 4];
-        float amult_next[2];
-        auto fetch_weights = [&](int n) {
-            #pragma unroll
-            for (int group = 0; group < 2; group++) {
-                const long long row = first_row(n) + 8 * group + lane / 4;
-                const bool used = n < turns && row < count;
-                amult_next[group] = used ? amult[row] : 0.0f;
-                #pragma unroll
-                for (int j = 0; j < (OUTPUTS + 3) / 4; j++) {
-                    const int o = 4 * j + quad;
-                    A_next[group][j] = used && o < OUTPUTS ? A[row * STRIDE_A + o] : (half_t)0;
-                }
-            }
-        };
-        for (int n = 0; n < STAGES; n++) fetch(n);
-        fetch_weights(0);
-        {
-            const int sample = first_sample + lane / 4;
-            const float* g = gbar + (long long)sample * R;
-            for (int k = maker; k < STEPS; k += MAKERS) {
-                const int column = 16 * k + 2 * quad;
-                auto at = [&](int j) { return sample < b && column + j < R ? g[column + j] : 0.0f; };
-                memory.inputs[k][lane] = make_uint2(pack(at(0), at(1)), pack(at(8), at(9)));
-            }
-        }
-        wait_for_warps<MAKERS>();
-
-        for (int n = 0; n < turns; n++) {
-            if (n >= BUFFERS) {
-                wait(&memory.used[(n - BUFFERS) % STAGES], (n - BUFFERS) / STAGES);
-                fetch(n - BUFFERS + STAGES);
-            }
-            Factors& f = memory.factors[n % BUFFERS];
-            #pragma unroll
-            for (int group = 0; group < 2; group++) {
-                const int row = 16 * maker + 8 * group + lane / 4;
-                float weights[(OUTPUTS + 3) / 4], largest = 0.0f;
-                #pragma unroll
-                for (int j = 0; j < (OUTPUTS + 3) / 4; j++) {
-                    weights[j] = unpack(A_next[group][j]) * amult_next[group];
-                    largest = fmaxf(largest, fabsf(weights[j]));
-                }
-                #pragma unroll
-                for (int shift = 16; shift; shift /= 2) largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, shift));
-                const float power = power_of_two(largest), inverse = inverse_power(power);
-                half_t* to = &f.weights[maker][row % 8 / 2][2 * group + row % 2];
-                #pragma unroll
-                for (int j = 0; j < (OUTPUTS + 3) / 4; j++) {
-                    const int o = 4 * j + quad;
-                    if (o < 2 * PAIRS) to[4 * o] = (half_t)pack(weights[j] * inverse, 0.0f);
-                }
-                if (lane == 0) f.unit[row / 8] = power;
-            }
-            fetch_weights(n + 1);
-
-            wait(&memory.arrived[n % STAGES], n / STAGES);
-            float q[4][4] = {};
-            const unsigned address = shared_address(&memory.ring[n % STAGES][16 * maker + lane % 16][lane / 16 * 16]);
-            #pragma unroll
-            for (int k = 0; k < STEPS; k++) {
-                pair_t rows[4];
-                load_matrices(rows, address + k * 32);
-                const uint2 g = memory.inputs[k][lane];
-                product(q[k % 4], rows[0], rows[1], rows[2], rows[3], g.x, g.y);
-            }
-            #pragma unroll
-            for (int i = 0; i < 4; i++) {
-                float F[3];
-                arc_cosine_kernels(q[0][i] + q[1][i] + q[2][i] + q[3][i], F[0], F[1], F[2]);
-                #pragma unroll
-                for (int j = 0; j < 3; j++)
-                    f.F[j][2 * quad + i % 2][16 * maker + lane / 4 + i / 2 * 8] = (half_t)pack(F[j], 0.0f);
-            }
-            __syncwarp();
-            if (lane == 0) arrive(&memory.made[n % BUFFERS]);
-        }
+    if (warpgroup == 2) {
+        give_registers<MAKER_REGISTERS>();
+        make_blocks(memory, share, A, amult, turns);
+    } else if (warpgroup == 0) {
+        take_registers<MULTIPLIER_REGISTERS>();
+        multiply_blocks<0, FIRST_CHUNKS>(memory, rows, share, turns);
     } else {
-        asm volatile("setmaxnreg.inc.sync.aligned.u32 200;");
-        const int sample = lane / 4;
-        const int first_tile = TILES * warp;  // of 8 columns; those beyond R are multiplied too, and dropped
-        float sums[PAIRS][TILES][4] = {}, outputs[2][4] = {}, unit = 1.0f, top = 0.0f;
-        for (int n = 0; n < turns; n++) {
-            wait(&memory.made[n % BUFFERS], n / BUFFERS);
-            wait(&memory.arrived[n % STAGES], n / STAGES);  // the makers have seen them; now they are visible here too
-            const Factors& f = memory.factors[n % BUFFERS];
-            float largest = 0.0f;
-            #pragma unroll
-            for (int i = 0; i < ROWS / 8; i++) largest = fmaxf(largest, f.unit[i]);
-            // Follow the blocks down to 2^-40 of the largest so far and no further: sums cannot overflow.
-            top = fmaxf(top, largest);
-            const float next = power_of_two(fmaxf(largest, top * 9.094947e-13f)), inverse = inverse_power(next);
-            if (next != unit) {
-                const float factor = unit * inverse;
-                #pragma unroll
-                for (int p = 0; p < PAIRS; p++)
-                    #pragma unroll
-                    for (int j = 0; j < TILES; j++)
-                        #pragma unroll
-                        for (int i = 0; i < 4; i++) sums[p][j][i] *= factor;
-                #pragma unroll
-                for (int i = 0; i < 8; i++) outputs[i / 4][i % 4] *= factor;
-                unit = next;
-            }
-            const unsigned block = shared_address(&memory.ring[n % STAGES][lane % 16][(first_tile + lane / 16) * 16]);
-            #pragma unroll
-            for (int k = 0; k < ROWS / 16; k++) {
-                const float low = f.unit[2 * k] * inverse, high = f.unit[2 * k + 1] * inverse;
-                const pair_t low2 = pack(low, low), high2 = pack(high, high);
-                auto factor = [&](int i, int half) {
-                    return multiply(*(const pair_t*)&f.F[i][sample][16 * k + 8 * half + 2 * quad], half ? high2 : low2);
-                };
-                const pair_t s0 = factor(1, 0), s1 = factor(1, 1);
-                pair_t tiles[TILES + 1][2];
-                #pragma unroll
-                for (int j = 0; j < TILES; j += 2)
-                    load_transposed(tiles[j][0], tiles[j][1], tiles[j + 1][0], tiles[j + 1][1], block + k * 16 * LINE + j * 16);
-                const uint4* weights = (const uint4*)f.weights[k][quad];
-                #pragma unroll
-                for (int p = 0; p < PAIRS; p++) {
-                    const uint4 w = weights[p];
-                    const pair_t a0 = multiply(s0, w.x), a1 = multiply(s0, w.z), a2 = multiply(s1, w.y), a3 = multiply(s1, w.w);
-                    #pragma unroll
-                    for (int j = 0; j < TILES; j++)
-                        product(sums[p][j], a0, a1, a2, a3, tiles[j][0], tiles[j][1]);
-                }
-                if (warp == MULTIPLIERS - 1) {
-                    const pair_t a0 = factor(0, 0), a1 = factor(2, 0), a2 = factor(0, 1), a3 = factor(2, 1);
-                    #pragma unroll
-                    for (int j = 0; j < (OUTPUTS + 7) / 8; j++) {
-                        const uint2 w = *(const uint2*)&f.weights[k][quad][4 * min(8 * j + sample, 2 * PAIRS - 1)];
-                        product(outputs[j], a0, a1, a2, a3, w.x, w.y);
-                    }
-                }
-            }
-            __syncwarp();
-            if (lane == 0) arrive(&memory.used[n % STAGES]);
-        }
-
-        // Through shared memory, so that neighbours are written together.
-        wait_for_warps<MULTIPLIERS>();
-        float2* to = (float2*)memory.ring + sample * OUTPUTS * (R + 4) / 2;
-        #pragma unroll
-        for (int p = 0; p < PAIRS; p++)
-            #pragma unroll
-            for (int j = 0; j < TILES; j++)
-                #pragma unroll
-                for (int i = 0; i < 2; i++) {
-                    const int o = 2 * p + i, column = 8 * (first_tile + j) + 2 * quad;
-                    if (o < OUTPUTS && column < R)
-                        to[(o * (R + 4) + column) / 2] = make_float2(sums[p][j][2 * i] * unit, sums[p][j][2 * i + 1] * unit);
-                }
-        if (warp == MULTIPLIERS - 1)
-            #pragma unroll
-            for (int i = 0; i < 4; i++) {
-                const int o = 8 * (i / 2) + 2 * quad + i % 2;  // the upper half of the rows is F00, the lower F02
-                if (o < OUTPUTS) to[(o * (R + 4) + R) / 2] = make_float2(outputs[i / 2][i % 2] * unit, outputs[i / 2][2 + i % 2] * unit);
-            }
-        wait_for_warps<MULTIPLIERS>();
-        const int size = min(8, b - first_sample) * OUTPUTS * (R + 4) / 4;
-        float4* here = (float4*)(partial + ((long long)program * b + first_sample) * OUTPUTS * (R + 4));
-        for (int i = threadIdx.x; i < size; i += 32 * MULTIPLIERS) here[i] = ((const float4*)memory.ring)[i];
+        take_registers<MULTIPLIER_REGISTERS>();
+        multiply_blocks<FIRST_CHUNKS, CHUNKS - FIRST_CHUNKS>(memory, rows, share, turns);
     }
+    __syncthreads();
+    const int size = samples * OUTPUTS * (R + 4) / 4;
+    float4* here = (float4*)(partial + ((long long)blockIdx.x * b + first_sample) * OUTPUTS * (R + 4));
+    for (int i = threadIdx.x; i < size; i += blockDim.x) here[i] = ((const float4*)memory.ring)[i];
 }

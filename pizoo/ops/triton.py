@@ -9,6 +9,8 @@ number of rows in use is read on the device, so that one captured launch serves 
 Columns are cut into pieces whose widths are powers of two (400 = 256 + 128 + 16). Samples stand first and rows or columns
 second in every product: then one copy of a tile of rows, loaded asynchronously, serves both products with it.
 
+Two kernels are CUDA C++, since powers of two do not fit them: ``jacobian`` for few outputs, ``batched`` for many samples.
+
 Coefficients are rounded to the dtype of the rows (int8 rows become float16, exactly) before a product with them. They are
 scaled by powers of two, exactly, so that neither tiny multipliers nor tiny rows underflow in half precision.
 """
@@ -23,7 +25,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pizoo.ops import jacobian
+from pizoo.ops import batched, jacobian
 
 
 @triton.jit
@@ -415,9 +417,14 @@ def _run_on_current_device(kernel, gbar, A, B, amult, bmult, count, *delta) -> T
     (b, r), (M, r_out) = gbar.shape, A.shape
     gbar, amult = gbar.to(torch.float32).contiguous(), amult.to(torch.float32).contiguous()
     A, B = (rows if rows.stride(1) == 1 else rows.contiguous() for rows in (A, B))
-    launch = _choose_launch(kernel, b, r, r_out, A.element_size(), A.device)
     out = gbar.new_empty(b, r if delta else r_out)
     line = padded(out.shape[1] + len(delta))
+    along = gbar if delta else None
+    if bmult is None and batched.supports(b, A, B, bool(delta)):
+        partial = batched.partial_sums(gbar, A, B, amult, count, line, *delta)
+        add_up(partial, out, count, M, batched.ROWS, along)
+        return out
+    launch = _choose_launch(kernel, b, r, r_out, A.element_size(), A.device)
     strides, cut = (A.stride(0), B.stride(0)), (launch.rows, launch.batch, launch.stages)
     pieces = (*_pieces(r), *_pieces(r_out))
     constants = (r, r_out, *strides, line, *pieces, *cut, "tf32x3" if A.dtype == torch.float32 else "ieee")
@@ -428,7 +435,7 @@ def _run_on_current_device(kernel, gbar, A, B, amult, bmult, count, *delta) -> T
     programs = max(1, _resident(start, launch.warps, (kernel, A.dtype, count is None, constants), A.device) // tiles)
     partial = gbar.new_empty(programs, b, line)
     kernel[(tiles, programs)](gbar, *rows, *delta, count, partial, M, b, *constants, num_warps=launch.warps)
-    add_up(partial, out, count, M, launch.rows, gbar if delta else None)
+    add_up(partial, out, count, M, launch.rows, along)
     return out
 
 
