@@ -13,9 +13,9 @@ from torch import Tensor
 
 from pizoo import checkpoint
 from pizoo.data import ASSETS, IMAGENET32, dataset_path
-from pizoo.evaluation.accuracy import paired_difference
+from pizoo.evaluation.accuracy import paired_difference, within
 from pizoo.evaluation.fewshot import SPLITS, TaskAccuracy
-from pizoo.plots import CURVES, SIZES, draw_curves, draw_sizes
+from pizoo.plots import CURVES, SIZES, draw_curves, draw_sizes, rows_by_epoch
 from pizoo.recipes import Recipe, decisive
 from pizoo.zoo import TUNED, counted
 
@@ -126,6 +126,18 @@ def refresh(folder: Path, recipe: Recipe) -> None:
     Raises:
         CheckpointError: the recipe would train or solve something else than what the card is of; something is damaged.
     """
+    recipe = check_recipe(folder, recipe)
+    config = checkpoint.read_config(folder)
+    checkpoint.write_json(folder / checkpoint.CONFIG, {**config, "recipe": recipe.to_dict()})
+    write_card(folder)
+
+
+def check_recipe(folder: Path, recipe: Recipe) -> Recipe:
+    """An entry's recipe as its card is of it: with the seed of what ships and, of a tuned kernel, the settings found.
+
+    Raises:
+        CheckpointError: the recipe would train or solve something else than what the card is of; something is damaged.
+    """
     config = checkpoint.read_config(folder)
     if (folder / checkpoint.RESULTS).exists():
         recipe = recipe.with_seed(checkpoint.read_json(folder / checkpoint.RESULTS)["shipped_seed"])
@@ -135,15 +147,15 @@ def refresh(folder: Path, recipe: Recipe) -> None:
         raise checkpoint.CheckpointError(
             f"{folder} is the card of another recipe than {recipe.entry} is now: make it again"
         )
-    checkpoint.write_json(folder / checkpoint.CONFIG, {**config, "recipe": recipe.to_dict()})
-    write_card(folder)
+    return recipe
 
 
 def write_card(folder: Path) -> Path:
     """Write ``README.md`` of a card and the picture in it, from what it records; see :func:`card_text`."""
     card = _Card.read(folder)
     if card.curves:
-        draw_curves(folder / CURVES, card.results["seeds"], card.published and card.published["accuracy"])
+        published = card.published and card.published["accuracy"]
+        draw_curves(folder / CURVES, card.results["seeds"], published, card.rows)
     if card.compact:
         draw_sizes(folder / SIZES, card.compact)
     path, text = folder / "README.md", card_text(folder)
@@ -271,6 +283,11 @@ class _Card:
     @property
     def curves(self) -> bool:
         return bool(self.results) and "curve" in self.results["seeds"][0]
+
+    @property
+    def rows(self) -> list[int] | None:
+        """Of a growing layer after every epoch; None of what does not grow."""
+        return rows_by_epoch(self.results.get("history", ()))
 
     @property
     def needs_images(self) -> bool:
@@ -401,6 +418,10 @@ def _sections(card: _Card) -> Iterator[tuple[str, str]]:
         yield "Tuning", _tuning(card)
 
 
+EPOCHS = (
+    " Rows are appended and stay: those after an epoch are the first of those after the next, and the net of every epoch "
+    "loads from the training's folder (`pizoo evaluate runs/{entry} --epoch 1`)."
+)
 COMPARED = (
     "Accuracy here minus accuracy there in points (means over seeds), compared {unit} by {unit}; 95 % interval over {unit}s:"
     "\n\n"
@@ -544,10 +565,12 @@ def _published(card: _Card) -> str:
         return "The paper has no number for it."
     told = [f"{published['accuracy']:.2f} ({published['source']}; {published['protocol']})."]
     if results:
-        away = results["mean_accuracy"] - published["accuracy"]
+        away, tolerance = results["mean_accuracy"] - published["accuracy"], card.recipe["tolerance"]["reproduce"]
         told.append(
-            f"The number here is {abs(away):.2f} points {'above' if away > 0 else 'below'} it; {card.count:,} {card.unit}s "
-            f"alone give a standard error of {_chance(card):.2f} points."
+            f"The number here is {abs(away):.2f} points {'above' if away > 0 else 'below'} it, "
+            + ("within" if within(tolerance, away, 0) else f"{abs(away) - tolerance:.2f} beyond")
+            + f" the recipe's tolerance of {tolerance:g}; {card.count:,} {card.unit}s alone give a standard error of "
+            f"{_chance(card):.2f} points."
         )
     if published["rerun"] is not None:
         here = (
@@ -606,7 +629,12 @@ def _training(card: _Card) -> str:
     clipped = "" if clip["max_norm"] is None else f", gradients clipped at {clip['max_norm']:g}"
     stored = "rows" if recipe["model"]["kind"] == "infpi" else "weights"
     measured = "validation" if card.tasks else "transfer" if card.transfer else "test"
-    picture = f"\n\n![Training loss and {measured} accuracy over the epochs]({CURVES})"
+    drawn = (
+        f"over the epochs, {measured} accuracy against rows"
+        if card.rows
+        else f"and {measured} accuracy over the epochs"
+    )
+    picture = f"\n\n![Training loss {drawn}]({CURVES})"
     images = f"{images} of {card.source}" if card.transfer else images
     epochs = f"{train['epochs']} epochs on {images}, batches of {train['batch_size']}"
     if card.tasks:
@@ -619,6 +647,7 @@ def _training(card: _Card) -> str:
         f"{epochs}, SGD with learning rate {train['lr']:g}, "
         f"{schedule['name']} schedule{clipped}; {stored} in {train['dtype']}. `config.json` holds the whole recipe. "
         f"To run it again: `pizoo train {recipe['entry']}`; all of it, this card included: `pizoo reproduce {recipe['entry']}`."
+        f"{EPOCHS.format(entry=recipe['entry']) if card.rows else ''}"
         f"{picture if (card.folder / CURVES).exists() else ''}"
     )
 
@@ -647,6 +676,13 @@ def _compact(card: _Card) -> str:
         near = [f"{size['accuracy']:.2f}", f"{size['agreement']:.2f}", *(f"{size[error]:.3f}" for error in errors)]
         cells = [counted(size["rows"]), f"{size['bytes'] / 1e6:.1f} MB", *near, duration(size["seconds"])]
         lines.append(f"| compact | {' | '.join(cells)} |")
+    full_run = next(run for run in card.results["seeds"] if run["seed"] == card.results["shipped_seed"])
+    if not card.transfer and not within(0, full_run["accuracy"], made["full_accuracy"]):
+        lines += [
+            "",
+            f"Here the full net computes in float32 between its layers; in {card.recipe['train']['dtype']}, as it was "
+            f"trained, it is the one above with {full_run['accuracy']:.2f}.",
+        ]
     return "\n".join(
         [
             *lines,

@@ -448,6 +448,9 @@ def reproduce(
     ] = None,
     cards: Annotated[Path | None, typer.Option(help="Folder to write the cards into (model_cards).")] = None,
     seeds: Annotated[str | None, typer.Option(help="Which seeds: 0-2 or 0,3,7 (as the recipe says).")] = None,
+    add: Annotated[
+        bool, typer.Option("--add", help="Keep the card, its net and its seeds, and record --seeds beside them.")
+    ] = False,
     set_: Set = None,
     data: Data = None,
     device: Device = None,
@@ -459,14 +462,18 @@ def reproduce(
     from pizoo.cards import duration, write_card
     from pizoo.evaluation.verify import verify as check
     from pizoo.recipes import list_recipes, load_recipe
-    from pizoo.training.reproduce import reproduce as run
+    from pizoo.training.reproduce import add_seeds
+    from pizoo.training.reproduce import reproduce as anew
     from pizoo.training.seeds import parse_seeds, seeds_differ
     from pizoo.zoo import TUNED
 
     if set_ and None in (runs, cards):
         raise ValueError("--set makes other entries than the zoo's: give --cards and --runs of their own for them")
+    if add and seeds is None:
+        raise ValueError("--add records seeds beside those of a card: say which, --seeds 2")
     runs, cards = runs or Path("runs"), cards or Path("model_cards")
     which = None if seeds is None else parse_seeds(seeds)
+    run = add_seeds if add else anew
     made = {entry: load_recipe(entry, set_ or ()) for entry in _entries(entries, list_recipes())}
     verified, seconds = True, 0.0
     for entry, recipe in made.items():

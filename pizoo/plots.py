@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +20,20 @@ ACCURACIES = {  # of a curve: the axis they are drawn on
 }
 
 
-def draw_curves(path: Path, records: list[dict[str, Any]], published: float | None = None) -> bool:
+def rows_by_epoch(history: Sequence[dict[str, Any]]) -> list[int] | None:
+    """Rows of the largest growing layer after every epoch of a training's history; None where nothing grows."""
+    return [max(record["rows"].values()) for record in history] if history and "rows" in history[0] else None
+
+
+def draw_curves(
+    path: Path, records: list[dict[str, Any]], published: float | None = None, rows: Sequence[int] | None = None
+) -> bool:
     """Draw training loss and test accuracy (on tasks validation accuracy) of every seed, epoch by epoch, as a PNG.
 
     Args:
         records: of seeds, with ``seed`` and ``curve`` (:class:`pizoo.training.seeds.SeedRun`).
         published: accuracy in percent, for a line to compare test accuracies with.
+        rows: of :func:`rows_by_epoch`: accuracies are drawn against them, a point for every epoch.
 
     Returns:
         whether there is a picture: False, and a warning in the log, without matplotlib.
@@ -34,11 +42,18 @@ def draw_curves(path: Path, records: list[dict[str, Any]], published: float | No
 
     def draw(left, right) -> None:
         for record in records:
-            for axes, key in ((left, "train_loss"), (right, measured)):
-                values = record["curve"][key]
-                axes.plot(range(1, len(values) + 1), values, linewidth=1.2, label=f"seed {record['seed']}")
+            curve, label = record["curve"], f"seed {record['seed']}"
+            epochs = range(1, len(curve["train_loss"]) + 1)
+            left.plot(epochs, curve["train_loss"], linewidth=1.2, label=label)
+            right.plot(rows or epochs, curve[measured], ".-" if rows else "-", linewidth=1.2, label=label)
         left.set(xlabel="epoch", ylabel="training loss", yscale="log")
-        right.set(xlabel="epoch", ylabel=ACCURACIES[measured])
+        right.set(
+            xlabel="rows of a growing layer, one point an epoch" if rows else "epoch", ylabel=ACCURACIES[measured]
+        )
+        if rows:
+            from matplotlib.ticker import EngFormatter
+
+            right.xaxis.set_major_formatter(EngFormatter())
         if published is not None and measured == "test_accuracy":
             right.axhline(published, color="black", linestyle=":", linewidth=1, label="published")
         right.legend(frameon=False)
@@ -67,6 +82,9 @@ def draw_sizes(path: Path, record: dict[str, Any]) -> bool:
             right.plot(megabytes, [size["accuracy"] for size in sizes], "o-", linewidth=1.2, label="compact")
             right.axhline(whole, color="black", linestyle=":", linewidth=1, label="full net")
             right.legend(frameon=False)
+        for axes in (left, right):
+            axes.set_xticks(megabytes, [f"{size:.1f}" for size in megabytes])
+            axes.minorticks_off()
 
     return _drawn(path, draw)
 

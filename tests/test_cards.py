@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 import torch
 from huggingface_hub import ModelCard
+from matplotlib.figure import Figure
 
 import pizoo
-from pizoo import cards, checkpoint, zoo
+from pizoo import cards, checkpoint, plots, zoo
 from pizoo.checkpoint import CheckpointError
-from pizoo.evaluation.accuracy import paired_difference
+from pizoo.evaluation.accuracy import paired_difference, percent, within
 from pizoo.recipes import Recipe, load_recipe
 from pizoo.training.reproduce import reproduce
 
@@ -145,6 +146,32 @@ def test_a_card_is_refreshed_with_its_recipes_texts_and_no_other_recipe(row, tmp
         cards.refresh(row / "a_net", Recipe.from_dict(raw))
 
 
+def test_accuracies_of_a_growing_net_are_drawn_against_its_rows(monkeypatch):
+    card = zoo.card("cifar10_infpi")
+    results = json.loads((card / "results.json").read_text())
+    left, right = Figure().subplots(1, 2)
+    monkeypatch.setattr(plots, "_drawn", lambda path, draw: draw(left, right))
+    plots.draw_curves(card / "none.png", results["seeds"], 61.5, plots.rows_by_epoch(results["history"]))
+    for line, run in zip(right.lines, results["seeds"], strict=False):  # then the published number
+        assert list(line.get_xdata()) == [400 + 50_000 * epoch for epoch in range(1, 51)]
+        assert list(line.get_ydata()) == run["curve"]["test_accuracy"] and line.get_ydata()[-1] == run["accuracy"]
+    assert plots.rows_by_epoch([{"epoch": 1}]) is None and plots.rows_by_epoch([]) is None
+    assert (
+        "![Training loss over the epochs, test accuracy against rows](curves.png)" in (card / "README.md").read_text()
+    )
+
+
+@pytest.mark.parametrize("entry", [entry for entry in SHIPPED if zoo.config(entry)["recipe"]["published"]])
+def test_a_card_says_whether_its_mean_is_within_the_tolerance(entry):
+    recipe, text = zoo.config(entry)["recipe"], (zoo.card(entry) / "README.md").read_text()
+    away = abs(
+        json.loads((zoo.card(entry) / "results.json").read_text())["mean_accuracy"] - recipe["published"]["accuracy"]
+    )
+    tolerance = recipe["tolerance"]["reproduce"]
+    said = f"{away - tolerance:.2f} beyond" if away > tolerance else "within"
+    assert f"{away:.2f} points " in text and f" it, {said} the recipe's tolerance of {tolerance:g};" in text
+
+
 # Checks of what is recorded
 
 
@@ -156,6 +183,13 @@ def test_first_test_images_are_compared_with_what_is_recorded_of_them(row):
         assert report.recorded == report.measured == 100 * right[:50].double().mean()
     with pytest.raises(ValueError, match="images is 0; it must be at least 1"):
         pizoo.verify(row / "a_net", images=0)
+
+
+def test_exactly_as_far_apart_as_the_tolerance_is_within_it():
+    """Five of 10,000 images, of whatever accuracy."""
+    for right in range(0, 9_994, 7):
+        a, b, c = (percent(torch.arange(10_000) < right + more) for more in (0, 5, 6))
+        assert within(0.05, a, b) and within(0.05, b, a) and not within(0.05, a, c)
 
 
 def test_what_the_recorded_images_do_not_give_is_a_mismatch(row):

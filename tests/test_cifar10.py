@@ -48,3 +48,9 @@ def test_its_checkpoint_evaluates_and_verifies_as_recorded(trained):
     report = pizoo.verify(trained.folder, device="cpu")
     assert (report.status, report.reproduction) == ("verified", "below")
     assert report.published == 61.50
+
+
+@pytest.mark.parametrize("entry", ["cifar10_mu", "cifar10_finpi", "cifar10_infpi"])
+def test_what_ships_scores_on_the_first_thousand_test_images_what_is_recorded_of_them(entry):
+    report = pizoo.verify(entry, device="cpu", images=1000)
+    assert report.status == "verified" and report.measured == pytest.approx(60, abs=5)

@@ -416,6 +416,11 @@ def test_reproduce_makes_a_card_that_verifies(pizoo_command, tmp_path, monkeypat
     before = {path.name: path.read_bytes() for path in card.iterdir()}
     assert pizoo_command(*arguments).code == 0
     assert before == {path.name: path.read_bytes() for path in card.iterdir()}
+    unsaid = pizoo_command("reproduce", "digits_infpi", "--add")
+    assert unsaid.code == 2 and "say which, --seeds 2" in unsaid.err
+    added = pizoo_command("reproduce", "digits_infpi", "--seeds", "2", "--add", "--cards", "cards", "--runs", "later")
+    assert added.code == 0 and " %, 3 runs" in added.out and "; verified; " in added.out
+    assert before["model.safetensors"] == (card / "model.safetensors").read_bytes()
 
 
 def test_reproduce_of_a_changed_recipe_stays_out_of_the_zoos_cards(pizoo_command, tmp_path):

@@ -386,7 +386,7 @@ def test_a_folder_that_holds_another_checkpoint_is_left_alone(trained, shipped, 
     with pytest.raises(TypeError, match="model is a MuMLP"):
         compact_checkpoint("digits_mu", tmp_path / "mu", Compact(rows=60), device="cpu")
     with pytest.raises(zoo.WeightsNotFoundError):
-        compact_checkpoint("cifar10_infpi", tmp_path / "none", Compact(rows=60), device="cpu")
+        compact_checkpoint("imagenet32_infpi_r200", tmp_path / "none", Compact(rows=60), device="cpu")
     with pytest.raises(ValueError, match=r"617 for hidden.0, which has 616"):
         compact_checkpoint(trained, tmp_path / "more", Compact(rows=617), device="cpu")
     assert not (tmp_path / "mu").exists() and not (tmp_path / "none").exists()

@@ -18,7 +18,7 @@ from pizoo.data import load_dataset, split_validation
 from pizoo.evaluation.accuracy import accuracy
 from pizoo.recipes import RecipeError, load_recipe
 from pizoo.training import plan, report, supervised
-from pizoo.training.reproduce import reproduce
+from pizoo.training.reproduce import add_seeds, reproduce
 from pizoo.training.seeds import parse_seeds, run_seeds, train_seeds
 from pizoo.training.tune import tune
 
@@ -237,3 +237,35 @@ def test_an_entry_records_which_images_every_seed_classified_correctly(recipe, t
     with torch.no_grad():
         wanted = model(recipe.data.normalize(dataset.test_x)).argmax(1) == dataset.test_y
     assert torch.equal(found["seed-0"], wanted) and torch.equal(found["shipped"], wanted)
+
+
+def test_seeds_are_added_to_a_card_whose_trainings_are_gone(recipe, tmp_path):
+    whole = reproduce(recipe, tmp_path / "whole", tmp_path / "runs", [0, 1, 2], device=CPU)
+    card = tmp_path / "card"
+    reproduce(recipe, card, tmp_path / "first", [0, 2], device=CPU)
+    shutil.rmtree(tmp_path / "first")
+    net = (card / "model.safetensors").read_bytes()
+    results = add_seeds(recipe, card, tmp_path / "later", [1], device=CPU)
+    assert results == json.loads((card / "results.json").read_text())
+    assert [(run["seed"], run["curve"]) for run in results["seeds"]] == [
+        (r["seed"], r["curve"]) for r in whole["seeds"]
+    ]
+    for key in ("accuracy", "shipped_seed", "mean_accuracy", "standard_error", "mean_best_epoch_accuracy"):
+        assert results[key] == whole[key]
+    found, wanted = (checkpoint.read_tensors(folder / "correct.safetensors") for folder in (card, tmp_path / "whole"))
+    assert found.keys() == wanted.keys() and all(torch.equal(found[key], wanted[key]) for key in wanted)
+    assert (card / "model.safetensors").read_bytes() == net and pizoo.verify(card, device=CPU).status == "verified"
+    assert "mean over 3 splits" in (card / "README.md").read_text()
+
+
+def test_seeds_that_cannot_be_added_are_refused_before_they_are_trained(recipe, tmp_path):
+    reproduce(recipe, tmp_path / "card", tmp_path / "runs", [0], device=CPU)
+    before = (tmp_path / "card" / "results.json").read_bytes()
+    for added, seeds, error in (
+        (recipe, [0, 3], "has 0 of them already"),
+        (load_recipe("digits_infpi", (*TINY, "train.lr=0.3")), [3], "card of another recipe"),
+        (kernel_recipe(), [3], "digits_nngp is a kernel, which is not trained"),
+    ):
+        with pytest.raises((ValueError, CheckpointError), match=error):
+            add_seeds(added, tmp_path / "card", tmp_path / "later", seeds, device=CPU)
+    assert not (tmp_path / "later").exists() and (tmp_path / "card" / "results.json").read_bytes() == before

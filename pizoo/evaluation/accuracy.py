@@ -13,6 +13,7 @@ from pizoo import processes
 from pizoo.rows import Rows
 
 EVALUATION_BATCH = 1000
+ROUNDING = 1e-6  # points, of accuracies that are the same
 
 
 def choose_device(device: torch.device | str | None) -> torch.device:
@@ -83,6 +84,11 @@ def correct(logits: Tensor, y: Tensor) -> Tensor:
 def percent(right: Tensor) -> float:
     """Percent of entries of a bool tensor that are true."""
     return 100 * right.double().mean().item()
+
+
+def within(points: float, a: float, b: float) -> bool:
+    """Whether two accuracies in percent are at most so many points apart; exactly so many, whatever their last bits, are."""
+    return abs(a - b) <= points + ROUNDING
 
 
 def accuracy(logits: Tensor, y: Tensor) -> float:

@@ -14,15 +14,13 @@ from torch import Tensor, nn
 from pizoo import checkpoint, zoo
 from pizoo.checkpoint import CheckpointError
 from pizoo.data import DataNotFoundError, load_tasks
-from pizoo.evaluation.accuracy import choose_device, correct, percent, predict
+from pizoo.evaluation.accuracy import choose_device, correct, percent, predict, within
 from pizoo.evaluation.entries import attach_training_images
 from pizoo.evaluation.fewshot import TaskAccuracy, adapter, split_correct
 from pizoo.evaluation.transfer import measure_transfer, measures_all
 
 # Logits of the probe may differ between devices and libraries by rounding, float16 rows included.
 PROBE_TOLERANCE = 2e-3
-ROUNDING = 1e-6  # points, of a mean over images
-
 
 NUMBER = (int, float)
 CONFIG_TYPES = {
@@ -284,7 +282,7 @@ def _compared(found: _Found, recorded: float, right: Tensor, key: str = checkpoi
     measured, tolerance = percent(right), found.config["recipe"]["tolerance"]["verify"]
     shipped = found.correct.get(key)
     differing = None if shipped is None else int((right != shipped[: len(right)]).sum())
-    if abs(measured - recorded) <= tolerance:
+    if within(tolerance, measured, recorded):
         return _Outcome("verified", "", recorded, measured, differing)
     reason = f"measured {measured:.2f} %, recorded {recorded:.2f} %: further apart than {tolerance} points"
     return _Outcome("mismatch", reason, recorded, measured, differing)
@@ -320,7 +318,7 @@ def _recorded_correct(folder: Path, results: dict[str, Any]) -> dict[str, Tensor
     found = checkpoint.read_tensors(folder / checkpoint.CORRECT, results["correct_sha256"])
     recorded = {checkpoint.SHIPPED: results} | {checkpoint.seed_key(r["seed"]): r for r in results.get("seeds", ())}
     for key, run in recorded.items():
-        if key not in found or abs(percent(found[key]) - run["accuracy"]) > ROUNDING:
+        if key not in found or not within(0, percent(found[key]), run["accuracy"]):
             raise CheckpointError(
                 f"{folder}: the accuracy recorded of {key} is not that of its images in {checkpoint.CORRECT}"
             )
@@ -332,6 +330,6 @@ def _reproduction(mean: float | None, published: float | None, tolerance: float)
         return "no published number"
     if mean is None:
         return "no recorded number"
-    if abs(mean - published) <= tolerance:
+    if within(tolerance, mean, published):
         return "reproduced"
     return "above" if mean > published else "below"

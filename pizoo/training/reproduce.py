@@ -1,4 +1,4 @@
-"""A zoo entry from its recipe: train every seed, ship one net, record all numbers, write the card."""
+"""A zoo entry from its recipe: train every seed, ship one net, record all numbers, write the card; add seeds to it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from pizoo import checkpoint
-from pizoo.cards import write_card
+from pizoo.cards import check_recipe, write_card
 from pizoo.evaluation.accuracy import choose_device, percent
 from pizoo.evaluation.entries import correct_once_loaded
 from pizoo.recipes import Recipe
@@ -73,6 +73,50 @@ def reproduce(
         )
         results["tuned"] = {**found, "accuracy": theirs["accuracy"]}
         results["total_wall_seconds"] += found["seconds"] + theirs["total_wall_seconds"]
+    checkpoint.write_json(card / checkpoint.RESULTS, results)
+    write_card(card)
+    return results
+
+
+def add_seeds(
+    recipe: Recipe,
+    card: str | os.PathLike,
+    runs: str | os.PathLike,
+    seeds: Iterable[int],
+    *,
+    data_dir: str | os.PathLike | None = None,
+    device: torch.device | str | None = None,
+    progress: bool = False,
+) -> dict[str, Any]:
+    """Record more seeds of a net in its card: of those before, what the card records is enough. What ships stays as it is.
+
+    Args:
+        recipe, card: of an entry that :func:`reproduce` has made.
+        runs, data_dir, device, progress: as for :func:`reproduce`.
+        seeds: which; none that the card has.
+
+    Returns:
+        what ``results.json`` holds.
+
+    Raises:
+        CheckpointError: the card is damaged, has no results, or is of another recipe.
+        ValueError: a kernel, of which every seed gives the same; seeds that the card has.
+    """
+    card, seeds = Path(card), list(seeds)
+    if recipe.train is None:
+        raise ValueError(f"{recipe.entry} is a kernel, which is not trained: there are no seeds to add")
+    check_recipe(card, recipe)
+    results = checkpoint.read_json(card / checkpoint.RESULTS)
+    right = checkpoint.read_tensors(card / checkpoint.CORRECT, results["correct_sha256"])
+    if both := sorted({record["seed"] for record in results["seeds"]}.intersection(seeds)):
+        raise ValueError(f"seeds is {seeds}; {card} has {', '.join(map(str, both))} of them already")
+    records = results["seeds"]
+    for run in train_seeds(recipe, seeds, runs, data_dir=data_dir, device=device, progress=progress):
+        records.append(run.record)
+        right[checkpoint.seed_key(run.record["seed"])] = run.correct
+        del run  # its net's memory is the next one's
+    results |= summary(sorted(records, key=lambda record: record["seed"]))
+    results["correct_sha256"] = checkpoint.write_tensors(card / checkpoint.CORRECT, right)
     checkpoint.write_json(card / checkpoint.RESULTS, results)
     write_card(card)
     return results

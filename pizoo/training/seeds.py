@@ -17,7 +17,7 @@ from pizoo.checkpoint import CheckpointError
 from pizoo.data import Dataset, TaskPool, TransferData
 from pizoo.evaluation.accuracy import choose_device, correct, percent, predict, standard_error
 from pizoo.evaluation.fewshot import TaskAccuracy, split_correct
-from pizoo.plots import CURVES, draw_curves
+from pizoo.plots import CURVES, draw_curves, rows_by_epoch
 from pizoo.recipes import Recipe
 from pizoo.training.supervised import TrainResult
 from pizoo.training.train import train
@@ -168,8 +168,9 @@ def run_seeds(recipe: Recipe, seeds: Iterable[int], runs: str | os.PathLike, **o
     for run in train_seeds(recipe, seeds, runs, **options):
         records.append(run.record)
         results = {"entry": recipe.entry, "data": run.outcome.results["data"], **summary(records)}
+        rows = rows_by_epoch(run.outcome.history)
         del run  # its net's memory is the next one's
         checkpoint.write_json(Path(runs) / checkpoint.RESULTS, results)
         if "curve" in records[0]:
-            draw_curves(Path(runs) / CURVES, records, recipe.published and recipe.published.accuracy)
+            draw_curves(Path(runs) / CURVES, records, recipe.published and recipe.published.accuracy, rows)
     return results
