@@ -46,6 +46,12 @@ struct Memory {
 static_assert(sizeof(Memory) <= SHARED, "the rings do not fit shared memory");
 static_assert(LATE >= (BACKWARD ? LATE_CHUNKS : 2) && EARLY >= 2, "too few chunks in a ring");
 
+// This program's samples, and where its sums go; asked for in the end again, not kept.
+__device__ __forceinline__ int samples_of(int b) { return min(SAMPLES, b - SAMPLES * (int)blockIdx.y); }
+__device__ __forceinline__ float* line_of(float* partial, int b) {
+    return partial + ((long long)blockIdx.x * b + SAMPLES * blockIdx.y) * LINE;
+}
+
 // A place in a ring of SLOTS, and how often, even or odd, it has been passed.
 template <int SLOTS>
 struct Place {
@@ -101,7 +107,7 @@ __device__ __forceinline__ void contract(float (&sums)[SUMS], unsigned char (*ri
 // The products of one multiplier, [64 columns, SAMPLES] a chunk. Every chunk is let go by both multipliers: whoever skipped one
 // could take a barrier's phase for the one after.
 template <int MULTIPLIER>
-__device__ __forceinline__ void multiply_blocks(Memory& memory, const Share& share, float* partial, int samples) {
+__device__ __forceinline__ void multiply_blocks(Memory& memory, const Share& share, float* partial, int b) {
     const int thread = threadIdx.x % LANES, warp = thread / 32, lane = thread % 32;
     constexpr int TILES = (LATE_CHUNKS - MULTIPLIER + MULTIPLIERS - 1) / MULTIPLIERS;
     float sums[TILES][SUMS] = {}, unit = 1.0f;
@@ -145,6 +151,8 @@ __device__ __forceinline__ void multiply_blocks(Memory& memory, const Share& sha
         release(&memory.multiplied[made.slot]);
         made.advance();
     }
+    const int samples = samples_of(b);
+    partial = line_of(partial, b);
     #pragma unroll
     for (int t = 0; t < TILES; t++)
         #pragma unroll
@@ -157,7 +165,7 @@ __device__ __forceinline__ void multiply_blocks(Memory& memory, const Share& sha
 }
 
 // The coefficients of all blocks. A thread has 2 rows of a block, 8 apart, and SAMPLES / 4 samples of each.
-__device__ __forceinline__ void make_blocks(Memory& memory, const Share& share, const float* amult, float* partial, int samples) {
+__device__ __forceinline__ void make_blocks(Memory& memory, const Share& share, const float* amult, float* partial, int b) {
     const int thread = threadIdx.x % LANES, warp = thread / 32, lane = thread % 32, own_row = 16 * warp + lane / 4;
     float along[BACKWARD ? SUMS / 2 : 1] = {}, unit = 0.0f, top = 0.0f;
     Place<EARLY> early;
@@ -220,10 +228,10 @@ __device__ __forceinline__ void make_blocks(Memory& memory, const Share& share, 
         if (lane < 4) memory.along[warp][i / 2 * 8 + lane * 2 + i % 2] = along[i];
     }
     wait_for_warpgroup(1);
-    if (thread < samples) {
+    if (thread < samples_of(b)) {
         float total = 0.0f;
         for (int w = 0; w < 4; w++) total += memory.along[w][thread];
-        partial[(long long)thread * LINE + R] = total * memory.delta_unit[thread];
+        line_of(partial, b)[(long long)thread * LINE + R] = total * memory.delta_unit[thread];
     }
 #endif
 }
@@ -234,7 +242,7 @@ growing_layer(const float* __restrict__ gbar, const float* __restrict__ delta, c
               float* __restrict__ partial, int M, int b) {
     extern __shared__ __align__(1024) unsigned char bytes[];
     Memory& memory = *(Memory*)bytes;
-    const int warpgroup = threadIdx.x / LANES, first_sample = SAMPLES * blockIdx.y, samples = min(SAMPLES, b - first_sample);
+    const int warpgroup = threadIdx.x / LANES, first_sample = SAMPLES * blockIdx.y, samples = samples_of(b);
     const Share share(rows_in_use, M);
     if (share.first >= share.count) return;
 
@@ -260,7 +268,6 @@ growing_layer(const float* __restrict__ gbar, const float* __restrict__ delta, c
     show_to_products();
     __syncthreads();
 
-    partial += ((long long)blockIdx.x * b + first_sample) * LINE;
     if (warpgroup == 0) {
         give_registers<FETCHER_REGISTERS>();
         if (threadIdx.x == 0) fetch<EARLY_CHUNKS, EARLY>(early, memory.early, memory.early_arrived, memory.early_used, share);
@@ -268,12 +275,12 @@ growing_layer(const float* __restrict__ gbar, const float* __restrict__ delta, c
     } else if (warpgroup == 1) {
         if (MAKER_REGISTERS < 128) give_registers<MAKER_REGISTERS>();
         if (MAKER_REGISTERS > 128) take_registers<MAKER_REGISTERS>();
-        make_blocks(memory, share, amult, partial, samples);
+        make_blocks(memory, share, amult, partial, b);
     } else if (warpgroup == 2) {
         take_registers<FIRST_REGISTERS>();
-        multiply_blocks<0>(memory, share, partial, samples);
+        multiply_blocks<0>(memory, share, partial, b);
     } else {
         take_registers<SECOND_REGISTERS>();
-        if constexpr (MULTIPLIERS > 1) multiply_blocks<1>(memory, share, partial, samples);
+        if constexpr (MULTIPLIERS > 1) multiply_blocks<1>(memory, share, partial, b);
     }
 }
