@@ -636,10 +636,14 @@ def directed(B: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
 
 
 def row_scale(A: Tensor) -> Tensor:
-    """The power of two per row [k] that brings the largest entry of each row of A [k, r_out] into [1, 2)."""
+    """The power of two per row [k] that brings the largest entry of each row of A [k, r_out] into [1, 2).
+
+    One for rows that are zero, not finite, or below float32's normal numbers: dividing by those overflows where devices flush
+    them to zero.
+    """
     largest = A.abs().amax(1)
     exponent = torch.frexp(largest).exponent - 1
-    usable = (largest > 0) & largest.isfinite()
+    usable = (largest >= torch.finfo(torch.float32).tiny) & largest.isfinite()
     return torch.ldexp(torch.ones_like(largest), torch.where(usable, exponent, 0))
 
 

@@ -106,6 +106,8 @@ def test_float16_rows_lose_nothing_but_their_rounding(scale: float) -> None:
 def test_row_scales_are_powers_of_two_and_leave_zeros_and_infinities_alone() -> None:
     A = torch.tensor([[0.3, -0.1], [-5.0, 1.0], [0.0, 0.0], [torch.inf, 1.0]])
     assert row_scale(A).tolist() == [0.25, 4.0, 1.0, 1.0]
+    smallest = torch.finfo(torch.float32).tiny
+    assert row_scale(torch.tensor([[smallest], [smallest / 2], [smallest / 2**20]])).tolist() == [smallest, 1.0, 1.0]
 
 
 # ------------------------------------------------------------------ the decay factor
