@@ -50,7 +50,7 @@ from pizoo import models, processes
 from pizoo.data import Dataset
 from pizoo.memory import HEADROOM, NotEnoughMemory, copied_to_host, free_memory, is_out_of_memory
 from pizoo.models.base import check_state, persistent_tensors
-from pizoo.rows import Rows, check_place
+from pizoo.rows import Rows, check_place, growing_layers
 
 FORMAT = 1  # raised when an older pizoo would misread what is written now; every format from 1 on stays readable
 PROBE_INPUTS = 32
@@ -587,10 +587,6 @@ def training_lock(folder: Path | None) -> Iterator[None]:
                 f"{folder} is in use: another process trains there; wait for it, or choose another folder"
             ) from None
         yield
-
-
-def growing_layers(model: nn.Module) -> dict[str, Rows]:
-    return {name: module for name, module in model.named_modules() if isinstance(module, Rows)}
 
 
 def start_training(folder: Path, model: nn.Module, config: Mapping[str, Any]) -> None:

@@ -36,6 +36,7 @@ from pizoo.memory import NotEnoughMemory
 from pizoo.models import InfPiMLP, MuMLP
 from pizoo.models.base import check_state
 from pizoo.pickles import Inert, StoredTensor, read_pickled
+from pizoo.rows import growing_layers
 
 SEGMENT_BYTES = 1 << 27  # of A and B: what is in memory at once
 PROBE_INPUTS = 32
@@ -406,7 +407,7 @@ def _write_infinite(
     folder: Path, model: InfPiMLP, config: Mapping[str, Any], tensors: Mapping[str, StoredTensor]
 ) -> dict[str, int]:
     amults = {}
-    for name in checkpoint.growing_layers(model):
+    for name in growing_layers(model):
         amult = tensors[f"{name}.amult"].read()
         amults[name] = amult.to(torch.promote_types(amult.dtype, torch.float32))
         _check_finite(tensors[f"{name}.amult"], amult, name, "amult")

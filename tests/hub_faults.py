@@ -23,6 +23,7 @@ from huggingface_hub.utils import disable_progress_bars
 import pizoo
 from pizoo import checkpoint, zoo
 from pizoo.models import InfPiMLP
+from pizoo.rows import growing_layers
 
 REPO = "me/digits-infpi"
 ADDRESS = f"hf-hub:{REPO}"
@@ -107,7 +108,7 @@ def make_training(folder: Path, epochs: int, rows: int, r: int, d_in: int = 64, 
     """A training checkpoint with random rows: ``rows`` more in each growing layer an epoch."""
     torch.manual_seed(0)
     net = InfPiMLP(d_in, classes, r, rows_dtype=torch.float16)
-    layers = checkpoint.growing_layers(net)
+    layers = growing_layers(net)
     for layer in layers.values():
         layer.reserve(layer.count + epochs * rows)
     checkpoint.start_training(folder, net, {"architecture": None, "num_classes": classes})

@@ -21,6 +21,7 @@ from pizoo.checkpoint import CheckpointError
 from pizoo.convert import compare
 from pizoo.models import FinPiMLP, InfPiMLP, MuMLP
 from pizoo.recipes import load_recipe
+from pizoo.rows import growing_layers
 
 ROOT = Path(__file__).parent.parent
 INFINITE = {
@@ -41,7 +42,7 @@ def infinite(dtype: torch.dtype = torch.float16, rows: int = 20, **hparams) -> I
     torch.manual_seed(0)
     model = InfPiMLP(6, 3, r=4, rows_dtype=dtype, **hparams)
     with torch.no_grad():
-        for i, layer in enumerate(checkpoint.growing_layers(model).values()):
+        for i, layer in enumerate(growing_layers(model).values()):
             B = torch.nn.functional.normalize(torch.randn(rows + i, 4), dim=1)
             layer.append(torch.randn(rows + i, layer.A.shape[1]), B, torch.randn(rows + i))
         for name, parameter in model.named_parameters():
@@ -84,7 +85,7 @@ def test_an_infinite_net_comes_over_to_the_bit(layout, name, legacy, tmp_path, m
         assert "layernorm" not in convert.understand(convert.read_pickled(tmp_path / "net.th"), tmp_path).stated
     done = convert.convert(tmp_path / "net.th", entry_of(model, tmp_path / "entry"), tmp_path / "made")
     same_function(tmp_path / "made", model)
-    assert done.rows == {name: layer.count for name, layer in checkpoint.growing_layers(model).items()}
+    assert done.rows == {name: layer.count for name, layer in growing_layers(model).items()}
     assert len(list((tmp_path / "made").glob("rows-*"))) > len(done.rows)
     assert pizoo.load(tmp_path / "made").config["converted"] == {"file": "net.th", "layout": done.layout}
     assert sorted(path.name for path in tmp_path.iterdir()) == ["entry", "made", "net.th"]

@@ -30,6 +30,7 @@ from pizoo.nn import InfPiLinear
 from pizoo.ops import streamed
 from pizoo.optim import PiSGD, clip_grad_norm_, param_groups
 from pizoo.recipes import RecipeError, load_recipe
+from pizoo.rows import growing_layers
 from pizoo.training import plan as planning
 from pizoo.training import supervised
 from pizoo.training.plan import plan
@@ -396,7 +397,7 @@ def test_the_engine_is_for_rows_on_the_device(as_if_streaming):
 def test_loading_puts_rows_where_there_is_room(monkeypatch, tmp_path):
     pizoo.train(tiny(), tmp_path, device="cpu")
     state = checkpoint.read_epoch(tmp_path).state
-    layers = checkpoint.growing_layers(tiny().build_model())
+    layers = growing_layers(tiny().build_model())
     assert checkpoint._roomy_place(layers, state, "net") == "device"
     for layer in layers.values():
         layer.keep_rows_on("host").to("meta")  # stands for a GPU: not the host
@@ -424,7 +425,7 @@ def test_a_resumed_training_reads_rows_into_the_room_reserved_for_them(tmp_path,
     restore = supervised.restore
 
     def noting(model, *args):
-        layers = checkpoint.growing_layers(model).values()
+        layers = growing_layers(model).values()
         places.append([part.data_ptr() for layer in layers for part in layer.storages])
         restore(model, *args)
         places.append([part.data_ptr() for layer in layers for part in layer.storages])

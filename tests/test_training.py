@@ -21,7 +21,7 @@ from pizoo.data import Dataset, Normalize, epoch_order, load_dataset
 from pizoo.evaluation.accuracy import accuracy, predict
 from pizoo.evaluation.entries import classify
 from pizoo.recipes import Recipe, RecipeError, load_recipe
-from pizoo.rows import Reserved
+from pizoo.rows import Reserved, growing_layers
 from pizoo.training import supervised
 from pizoo.training.reproduce import reproduce
 from pizoo.training.schedule import schedule_factor
@@ -267,13 +267,13 @@ def test_a_training_appends_one_row_per_sample_and_never_moves_those_there(monke
 
     monkeypatch.setattr(Reserved, "reserve", counted)
     recipe = small("infpi", "train.epochs=3", "train.weight_decay=0.01")
-    initial = {name: layer.count for name, layer in checkpoint.growing_layers(recipe.build_model()).items()}
+    initial = {name: layer.count for name, layer in growing_layers(recipe.build_model()).items()}
     result = pizoo.train(recipe, device="cpu")
     assert sum(moves) == 2 * 3, "A, B and amult of two layers, once each"
     for record in result.history:
         assert record["rows"] == {name: count + N * record["epoch"] for name, count in initial.items()}
     first = recipe.build_model()
-    for name, layer in checkpoint.growing_layers(result.model).items():
+    for name, layer in growing_layers(result.model).items():
         assert layer.count == layer.capacity == initial[name] + 3 * N
         assert torch.equal(layer.A[: initial[name]], first.state_dict()[f"{name}.A"])
 

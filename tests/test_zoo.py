@@ -23,6 +23,7 @@ from pizoo.evaluation.accuracy import within
 from pizoo.models import FinPiMLP, InfPiMLP, KernelRegressor, MuMLP, NNGPRegressor
 from pizoo.optim import PiSGD, clip_grad_norm_, param_groups
 from pizoo.recipes import list_recipes, load_recipe
+from pizoo.rows import growing_layers
 
 REPOSITORY = Path(__file__).parent.parent
 LARGEST_FILE = 25 * 1000**2
@@ -415,7 +416,7 @@ def test_fine_tuning_with_the_ordinary_loop_lowers_the_loss_and_appends_rows(ent
     torch.manual_seed(0)
     model.reset_classifier(2)
     x, y = zoo.preprocessing(model.config)(dataset.train_x), (dataset.train_y > 0).long()
-    before = {name: layer.count for name, layer in checkpoint.growing_layers(model).items()}
+    before = {name: layer.count for name, layer in growing_layers(model).items()}
     settings = model.config["recipe"]["train"]
     multipliers = {key: settings[key] for key in ("first_layer_lr_mult", "last_layer_lr_mult", "bias_lr_mult")}
     optimizer = PiSGD(param_groups(model, lr=0.1, **multipliers), lr=0.1)
@@ -431,7 +432,7 @@ def test_fine_tuning_with_the_ordinary_loop_lowers_the_loss_and_appends_rows(ent
     model.eval()
     with torch.no_grad():
         assert nn.functional.cross_entropy(model(x), y).item() < 0.9 * start
-    assert {name: layer.count for name, layer in checkpoint.growing_layers(model).items()} == {
+    assert {name: layer.count for name, layer in growing_layers(model).items()} == {
         name: count + 4 * 64 for name, count in before.items()
     }
 

@@ -27,6 +27,7 @@ from pizoo.memory import explained
 from pizoo.models import KernelRegressor
 from pizoo.optim import PiSGD, clip_grad_norm_, param_groups
 from pizoo.recipes import Recipe, RecipeError, decisive
+from pizoo.rows import growing_layers
 from pizoo.training.engine import Engine, unsupported
 from pizoo.training.finetune import freeze, initial_rows, source_net, take_trunk
 from pizoo.training.plan import check_solving, plan
@@ -129,7 +130,7 @@ class Training:
             settings.momentum,
             settings.dampening,
         )
-        self.growing = checkpoint.growing_layers(self.model)
+        self.growing = growing_layers(self.model)
         for layer in self.growing.values():
             layer.keep_rows_on(self.plan.rows_on)
             grows = layer.A.requires_grad and (layer.role == "hidden" or settings.last_layer_lr_mult)
