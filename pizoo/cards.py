@@ -15,6 +15,7 @@ from pizoo import checkpoint
 from pizoo.data import ASSETS, IMAGENET32, dataset_path
 from pizoo.evaluation.accuracy import paired_difference, within
 from pizoo.evaluation.fewshot import SPLITS, TaskAccuracy
+from pizoo.files import CheckpointError, read_json, read_tensors, write_atomically, write_json
 from pizoo.plots import CURVES, SIZES, draw_curves, draw_sizes, rows_by_epoch
 from pizoo.recipes import Recipe, decisive
 from pizoo.zoo import TUNED, counted
@@ -115,9 +116,9 @@ def write_config(folder: Path, recipe: Recipe, class_names: Sequence[str]) -> No
         CheckpointError: the folder has weights, whose own config says more.
     """
     if (folder / checkpoint.MODEL).exists():
-        raise checkpoint.CheckpointError(f"{folder} has weights; its {checkpoint.CONFIG} is written together with them")
+        raise CheckpointError(f"{folder} has weights; its {checkpoint.CONFIG} is written together with them")
     config = checkpoint.complete(recipe.config(class_names), recipe.build_model(), {})
-    checkpoint.write_json(folder / checkpoint.CONFIG, config)
+    write_json(folder / checkpoint.CONFIG, config)
 
 
 def refresh(folder: Path, recipe: Recipe) -> None:
@@ -128,7 +129,7 @@ def refresh(folder: Path, recipe: Recipe) -> None:
     """
     recipe = check_recipe(folder, recipe)
     config = checkpoint.read_config(folder)
-    checkpoint.write_json(folder / checkpoint.CONFIG, {**config, "recipe": recipe.to_dict()})
+    write_json(folder / checkpoint.CONFIG, {**config, "recipe": recipe.to_dict()})
     write_card(folder)
 
 
@@ -140,13 +141,11 @@ def check_recipe(folder: Path, recipe: Recipe) -> Recipe:
     """
     config = checkpoint.read_config(folder)
     if (folder / checkpoint.RESULTS).exists():
-        recipe = recipe.with_seed(checkpoint.read_json(folder / checkpoint.RESULTS)["shipped_seed"])
+        recipe = recipe.with_seed(read_json(folder / checkpoint.RESULTS)["shipped_seed"])
     if folder.name == TUNED:
         recipe = recipe.with_model(**{k: v for k, v in config["recipe"]["model"].items() if k != "kind"})
     if decisive(config["recipe"]) != decisive(recipe.to_dict()):
-        raise checkpoint.CheckpointError(
-            f"{folder} is the card of another recipe than {recipe.entry} is now: make it again"
-        )
+        raise CheckpointError(f"{folder} is the card of another recipe than {recipe.entry} is now: make it again")
     return recipe
 
 
@@ -159,7 +158,7 @@ def write_card(folder: Path) -> Path:
     if card.compact:
         draw_sizes(folder / SIZES, card.compact)
     path, text = folder / "README.md", card_text(folder)
-    checkpoint.write_atomically(path, lambda temporary: temporary.write_text(text))
+    write_atomically(path, lambda temporary: temporary.write_text(text))
     return path
 
 
@@ -206,10 +205,8 @@ class _Card:
         recipe = checkpoint.read_config(folder)["recipe"]
         if not (folder / checkpoint.RESULTS).exists():
             return cls(folder, recipe, {}, {})
-        results = checkpoint.read_json(folder / checkpoint.RESULTS)
-        return cls(
-            folder, recipe, results, checkpoint.read_tensors(folder / checkpoint.CORRECT, results["correct_sha256"])
-        )
+        results = read_json(folder / checkpoint.RESULTS)
+        return cls(folder, recipe, results, read_tensors(folder / checkpoint.CORRECT, results["correct_sha256"]))
 
     @property
     def name(self) -> str:

@@ -29,9 +29,9 @@ import torch
 from torch import Tensor, nn
 
 from pizoo import checkpoint, zoo
-from pizoo.checkpoint import CheckpointError
 from pizoo.data import DataNotFoundError
 from pizoo.evaluation.entries import evaluate
+from pizoo.files import CheckpointError, read_json
 from pizoo.memory import NotEnoughMemory
 from pizoo.models import InfPiMLP, MuMLP
 from pizoo.models.base import check_state
@@ -133,7 +133,7 @@ def compare(
 ) -> Comparison:
     """Measure a converted net where its data are, beside what its entry records (mean over seeds) and the paper published."""
     config, results = checkpoint.read_config(Path(folder)), zoo.folder_of(entry) / checkpoint.RESULTS
-    recorded = checkpoint.read_json(results) if results.exists() else {}
+    recorded = read_json(results) if results.exists() else {}
     published = (zoo.recipe_of(config, entry).get("published") or {}).get("accuracy")
     measured, reason = None, ""
     try:

@@ -26,7 +26,8 @@ from huggingface_hub.errors import (
 )
 
 from pizoo import checkpoint
-from pizoo.checkpoint import CheckpointError, NewerFormatError
+from pizoo.checkpoint import NewerFormatError
+from pizoo.files import CheckpointError, check_file, read_json
 
 PREFIX = "hf-hub:"  # timm's word
 NAMESPACE = "PIZOO_HUB"  # environment variable: whose repositories hold the zoo's entries
@@ -132,7 +133,7 @@ def fetch(
     for name, digest in files.items():
         path = _download(pinned, name, **options)
         with _discarding(path):
-            checkpoint.check_file(path, digest)
+            check_file(path, digest)
     return folder
 
 
@@ -151,7 +152,7 @@ def _records(address: Address, **options: Any) -> dict[str, str]:
     except MissingFileError:
         return {}
     with _discarding(path):
-        digest = checkpoint.read_json(path).get("correct_sha256")
+        digest = read_json(path).get("correct_sha256")
     return {checkpoint.CORRECT: digest} if digest else {}
 
 

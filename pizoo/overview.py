@@ -9,7 +9,7 @@ from typing import Any
 
 from pizoo import checkpoint
 from pizoo.cards import DATASETS, duration, mean_and_error, words
-from pizoo.checkpoint import CheckpointError, write_atomically
+from pizoo.files import CheckpointError, read_json, write_atomically
 
 BEGIN = "<!-- entries: written by `pizoo overview` -->"
 END = "<!-- end of entries -->"
@@ -67,7 +67,7 @@ def table(cards: Path, links: str = "") -> str:
 def _cells(card: Path, links: str) -> Iterator[str]:
     config = checkpoint.read_config(card)
     recipe, path = config["recipe"], card / checkpoint.RESULTS
-    results = checkpoint.read_json(path) if path.exists() else {}
+    results = read_json(path) if path.exists() else {}
     yield f"[`{card.name}`]({links}{card.name}/{PAGE})"
     yield f"`{config['architecture']}.{config['pretrained_cfg']['tag']}`" if config["architecture"] else "–"
     yield _data(recipe)

@@ -17,7 +17,8 @@ from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundErro
 from huggingface_hub.utils.sha import git_hash
 
 from pizoo import __version__, checkpoint, hub, zoo
-from pizoo.checkpoint import CONFIG, CORRECT, MANIFEST, MODEL, RESULTS, CheckpointError
+from pizoo.checkpoint import CONFIG, CORRECT, MANIFEST, MODEL, RESULTS
+from pizoo.files import CheckpointError, check_file, read_json, sha256, sha256_of
 from pizoo.hub import FULL, Address, HubError, explained
 from pizoo.plots import CURVES, SIZES
 from pizoo.zoo import TUNED
@@ -163,20 +164,20 @@ def _files(folder: Path, prefix: str) -> list[Upload]:
         )
     named |= training
     if (folder / RESULTS).exists() and (folder / CORRECT).exists():
-        named[CORRECT] = checkpoint.read_json(folder / RESULTS).get("correct_sha256")
+        named[CORRECT] = read_json(folder / RESULTS).get("correct_sha256")
     for name, digest in named.items():
-        checkpoint.check_file(folder / name, digest)
+        check_file(folder / name, digest)
     beside = [name for name in (CONFIG, *([MANIFEST] if training else []), *SHOWN) if (folder / name).is_file()]
     return [
-        _upload(f"{prefix}{name}", checkpoint.check_file(folder / name), named.get(name))
+        _upload(f"{prefix}{name}", check_file(folder / name), named.get(name))
         for name in dict.fromkeys((*beside, *named))
     ]
 
 
 def _upload(path: str, source: Path | bytes, digest: str | None = None) -> Upload:
     if isinstance(source, bytes):
-        return Upload(path, source, len(source), checkpoint.sha256_of(source))
-    return Upload(path, source, source.stat().st_size, digest or checkpoint.sha256(source))
+        return Upload(path, source, len(source), sha256_of(source))
+    return Upload(path, source, source.stat().st_size, digest or sha256(source))
 
 
 def _card(folder: Path, address: Address) -> bytes:

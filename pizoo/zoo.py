@@ -21,8 +21,8 @@ from timm.models import generate_default_cfgs, register_model
 from torch import nn
 
 from pizoo import checkpoint, hub
-from pizoo.checkpoint import CheckpointError
 from pizoo.data import ASSETS, IMAGENET32, Normalize, dataset_path, load_dataset
+from pizoo.files import CheckpointError
 from pizoo.models import InfPiMLP, KernelLearner, KernelRegressor, PiNet
 from pizoo.rows import check_place
 

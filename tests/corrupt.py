@@ -22,8 +22,9 @@ from safetensors.torch import load_file
 
 import pizoo
 from pizoo import checkpoint, zoo
-from pizoo.checkpoint import CheckpointError, config_digest, json_sha256
+from pizoo.checkpoint import config_digest
 from pizoo.evaluation.verify import PROBE_TOLERANCE, verify
+from pizoo.files import CheckpointError, json_sha256, write_json, write_tensors
 from pizoo.recipes import load_recipe
 
 Files = dict[str, bytes]
@@ -105,10 +106,10 @@ def split(folder: Path, of: int = 2) -> None:
             own = {key: part[first[key.rpartition(".")[0]] :: of] for key, part in tensors.items()}
             rows = {name: [start + first[name], stop, of] for name, (start, stop) in entry["rows"].items()}
             file = entry["file"].replace(".safetensors", f"-{k}of{of}.safetensors")
-            segments.append({"file": file, "sha256": checkpoint.write_tensors(folder / file, own), "rows": rows})
+            segments.append({"file": file, "sha256": write_tensors(folder / file, own), "rows": rows})
     epochs = [{**record, "segments": of * record["segments"]} for record in manifest["epochs"]]
     manifest |= {"segments": segments, "epochs": epochs}
-    checkpoint.write_json(folder / MANIFEST, {**manifest, "sha256": json_sha256(manifest)})
+    write_json(folder / MANIFEST, {**manifest, "sha256": json_sha256(manifest)})
 
 
 # ---------------------------------------------------------------------------------------------------- tools

@@ -22,6 +22,7 @@ from huggingface_hub.utils import disable_progress_bars
 
 import pizoo
 from pizoo import checkpoint, zoo
+from pizoo.files import CheckpointError, sha256
 from pizoo.models import InfPiMLP
 from pizoo.rows import growing_layers
 
@@ -250,7 +251,7 @@ def spoiled_cache(scene: Scene) -> Iterator[None]:
     yield
 
 
-WEIGHTS = checkpoint.sha256(zoo.card(ENTRY) / checkpoint.MODEL)
+WEIGHTS = sha256(zoo.card(ENTRY) / checkpoint.MODEL)
 GET, PUT = f"GET /content/{WEIGHTS}", f"PUT /upload/{WEIGHTS}"
 FAULTS = [
     Fault("loading: HTTP 429 once, with Retry-After", "load", once(GET, 429, **{"Retry-After": "0"}), None),
@@ -364,13 +365,13 @@ def undergo(fault: Fault, scene: Scene) -> Outcome:
     with torch.no_grad():
         if not torch.equal(pizoo.load(ADDRESS)(x), wanted):
             lost.append("what was published is another net")
-    lost += [f"{sha256} was sent {times} times" for sha256, times in scene.hub.sent.items() if times > 1]
+    lost += [f"{digest} was sent {times} times" for digest, times in scene.hub.sent.items() if times > 1]
     return Outcome(said, lost)
 
 
 def _message_of(work: Callable[[], None]) -> str | None:
     try:
         work()
-    except checkpoint.CheckpointError as error:
+    except CheckpointError as error:
         return str(error)
     return None

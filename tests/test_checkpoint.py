@@ -18,12 +18,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import pizoo
 from pizoo import checkpoint
-from pizoo.checkpoint import CheckpointError
+from pizoo.files import CheckpointError, sha256, write_atomically, write_json, write_tensors
 from pizoo.models import FinPiMLP, InfPiMLP, MuMLP, NNGPRegressor, NTKRegressor
 from pizoo.optim import PiSGD, param_groups
 from pizoo.recipes import load_recipe
@@ -251,7 +251,7 @@ def test_segments_and_states_are_never_written_again(tmp_path):
     def save_and_look(folder, model, record, optimizer, keep, chosen, submit):
         save(folder, model, record, optimizer, keep, chosen)
         for path in folder.glob("*.safetensors"):
-            now = (path.stat().st_mtime_ns, checkpoint.sha256(path))
+            now = (path.stat().st_mtime_ns, sha256(path))
             assert seen.setdefault(path.name, now) == now, path.name
 
     with pytest.MonkeyPatch.context() as patch:
@@ -521,8 +521,8 @@ def test_a_rename_is_flushed_with_the_folder_it_was_made_in(tmp_path, monkeypatc
         flushed.append((os.readlink(f"/proc/self/fd/{descriptor}"), (tmp_path / "a.json").exists()))
         real(descriptor)
 
-    monkeypatch.setattr("pizoo.checkpoint.os.fsync", fsync)
-    checkpoint.write_json(tmp_path / "a.json", 1)
+    monkeypatch.setattr("pizoo.files.os.fsync", fsync)
+    write_json(tmp_path / "a.json", 1)
     assert flushed == [(str(tmp_path / ".a.json.tmp"), False), (str(tmp_path), True)]
 
 
@@ -540,7 +540,7 @@ def test_logging_to_a_folder_leaves_the_level_as_it_was(tmp_path):
 @pytest.mark.parametrize("function", ["save_file", "os.fsync", "os.replace"])
 @pytest.mark.parametrize("kind", ["infpi", "finpi"])
 def test_a_disk_that_fills_up_while_training_keeps_the_epochs_before(finished, tmp_path, kind, function):
-    real = {"save_file": checkpoint.save_file, "os.fsync": os.fsync, "os.replace": os.replace}[function]
+    real = {"save_file": save_file, "os.fsync": os.fsync, "os.replace": os.replace}[function]
 
     def fails_in_the_second_epoch(*args):
         if (tmp_path / "checkpoint.json").exists() and checkpoint.read_manifest(tmp_path)["epochs"]:
@@ -548,7 +548,7 @@ def test_a_disk_that_fills_up_while_training_keeps_the_epochs_before(finished, t
         return real(*args)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(f"pizoo.checkpoint.{function}", fails_in_the_second_epoch)
+        patch.setattr(f"pizoo.files.{function}", fails_in_the_second_epoch)
         with pytest.raises(CheckpointError, match=r"no space left on the disk to write .*; what was saved before is"):
             pizoo.train(recipe(kind), tmp_path, device="cpu")
     assert temporaries(tmp_path) == []
@@ -570,7 +570,7 @@ def test_a_disk_that_fills_up_while_shipping_leaves_the_net_shipped_before(tmp_p
         done += 1
         real(fd)
 
-    monkeypatch.setattr("pizoo.checkpoint.os.fsync", fsync)
+    monkeypatch.setattr("pizoo.files.os.fsync", fsync)
     with pytest.raises(CheckpointError, match="no space left"):
         ship(MuMLP(d_in=6, d_out=3, width=9), tmp_path)
     assert temporaries(tmp_path) == []
@@ -622,7 +622,7 @@ def test_a_disk_that_is_really_full_is_told_and_training_goes_on_when_there_is_r
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_stopped_before_or_after_any_file_a_training_loads_and_resumes(finished, tmp_path, monkeypatch, kind, when):
     _, states = finished[kind]
-    real, count = checkpoint.write_atomically, 0
+    real, count = write_atomically, 0
 
     def write(path, write):
         nonlocal count
@@ -634,7 +634,7 @@ def test_stopped_before_or_after_any_file_a_training_loads_and_resumes(finished,
         if when == "before":
             real(path, write)
 
-    monkeypatch.setattr(checkpoint, "write_atomically", write)
+    monkeypatch.setattr("pizoo.files.write_atomically", write)
     files = 3 + 3 * EPOCHS + 1 if kind == "momentum" else 2 + 2 * EPOCHS + 1
     for stop_at in range(1, files + 1):
         folder, count = tmp_path / str(stop_at), 0
@@ -728,7 +728,7 @@ def test_a_run_interrupted_in_every_epoch_ends_with_the_same_bits(finished, tmp_
 
 def held_back(monkeypatch, until: threading.Event, then=lambda: None) -> None:
     """The first epoch's files are not written before ``until`` is set, and what is to be done ``then``."""
-    write = checkpoint.write_tensors
+    write = write_tensors
 
     def write_late(path, tensors):
         if path.name == "state-00001.safetensors":

@@ -19,8 +19,8 @@ from rich.console import Console
 
 import pizoo
 from pizoo import checkpoint, cli, functional, zoo
-from pizoo.checkpoint import CheckpointError
 from pizoo.data import load_dataset
+from pizoo.files import CheckpointError, read_tensors, write_tensors
 from pizoo.models import InfPiMLP
 from pizoo.recipes import Compact
 from pizoo.training.compact import compact_checkpoint
@@ -252,10 +252,10 @@ def test_a_flipped_bit_is_a_mismatch(pizoo_command, card, quick):
 def test_other_weights_with_a_digest_made_to_fit_are_a_mismatch(pizoo_command, card):
     """The probe is what finds a net that is intact, and another."""
     folder = card("digits_mu")
-    state = checkpoint.read_tensors(folder / "model.safetensors")
+    state = read_tensors(folder / "model.safetensors")
     state["layers.0.weight"] = state["layers.0.weight"] + 0.01
     config = json.loads((folder / "config.json").read_text())
-    config["pizoo"]["files"]["model.safetensors"] = checkpoint.write_tensors(folder / "model.safetensors", state)
+    config["pizoo"]["files"]["model.safetensors"] = write_tensors(folder / "model.safetensors", state)
     (folder / "config.json").write_text(json.dumps(config))
     shown = pizoo_command("verify", folder, "--quick")
     assert shown.code == 1 and "the probe's logits are off by" in shown.out

@@ -17,8 +17,8 @@ from test_golden import Golden, files
 
 import pizoo
 from pizoo import checkpoint, convert, zoo
-from pizoo.checkpoint import CheckpointError
 from pizoo.convert import compare
+from pizoo.files import CheckpointError, read_tensors, write_json
 from pizoo.models import FinPiMLP, InfPiMLP, MuMLP
 from pizoo.recipes import load_recipe
 from pizoo.rows import growing_layers
@@ -54,7 +54,7 @@ def infinite(dtype: torch.dtype = torch.float16, rows: int = 20, **hparams) -> I
 def entry_of(model, folder: Path) -> Path:
     """A folder whose config.json is that of an entry ``model`` is a net of."""
     config = {"recipe": {"published": {"accuracy": 50.0}}, "class_names": ["a", "b", "c"]}
-    checkpoint.write_json(folder / "config.json", checkpoint.complete(config, type(model)(**model.hparams), {}))
+    write_json(folder / "config.json", checkpoint.complete(config, type(model)(**model.hparams), {}))
     return folder
 
 
@@ -102,7 +102,7 @@ def test_a_finite_net_comes_over_to_the_bit(layout, name, legacy, tmp_path):
     foreign.save(foreign.FINITE[layout](model), tmp_path / "net.th", legacy)
     convert.convert(tmp_path / "net.th", entry_of(model, tmp_path / "entry"), tmp_path / "made")
     same_function(tmp_path / "made", model)
-    probe = checkpoint.read_tensors(tmp_path / "made" / "probe.safetensors")
+    probe = read_tensors(tmp_path / "made" / "probe.safetensors")
     torch.testing.assert_close(pizoo.load(tmp_path / "made")(probe["x"]), probe["logits"])
 
 

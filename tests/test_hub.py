@@ -15,7 +15,8 @@ from loopback_hub import TOKEN
 
 import pizoo
 from pizoo import checkpoint, hub, zoo
-from pizoo.checkpoint import CheckpointError, NewerFormatError
+from pizoo.checkpoint import NewerFormatError
+from pizoo.files import CheckpointError, read_json
 from pizoo.hub import Address, HubError
 from pizoo.models import FinPiMLP, InfPiMLP, MuMLP
 
@@ -68,7 +69,7 @@ def test_every_shipped_entry_comes_back_from_the_hub_to_the_bit(entry, scene):
 def test_the_hub_shows_the_cards_evaluation_results(scene):
     pizoo.publish(ENTRY, REPO)
     card = huggingface_hub.ModelCard.load(REPO)
-    recorded = checkpoint.read_json(zoo.card(ENTRY) / checkpoint.RESULTS)["accuracy"]
+    recorded = read_json(zoo.card(ENTRY) / checkpoint.RESULTS)["accuracy"]
     assert card.data.eval_results[0].metric_value == pytest.approx(recorded, abs=1e-4)
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from pizoo import checkpoint, functional, kernels
-from pizoo.checkpoint import CheckpointError
+from pizoo.files import CheckpointError
 from pizoo.models import FinPiMLP, InfPiMLP, MuMLP, NNGPRegressor, NTKRegressor, PiNet
 from pizoo.optim import PiSGD, clip_grad_norm_, param_groups
 

@@ -26,6 +26,7 @@ from test_rows import assert_same_rows, make_rows, new_rows
 
 import pizoo
 from pizoo import checkpoint, ops, processes
+from pizoo.files import CheckpointError, json_sha256, write_json
 from pizoo.recipes import load_recipe
 from pizoo.rows import Share
 from pizoo.training.plan import plan
@@ -210,8 +211,8 @@ def test_rows_that_are_not_where_the_manifest_says_are_refused(damage: str, thre
     manifest = checkpoint.read_manifest(damaged)
     MISPLACED[damage](manifest["segments"])
     manifest["epochs"][-1]["segments"] = len(manifest["segments"])
-    checkpoint.write_json(damaged / checkpoint.MANIFEST, {**manifest, "sha256": checkpoint.json_sha256(manifest)})
-    with pytest.raises(checkpoint.CheckpointError, match=r"another segment|damaged|does not hold"):
+    write_json(damaged / checkpoint.MANIFEST, {**manifest, "sha256": json_sha256(manifest)})
+    with pytest.raises(CheckpointError, match=r"another segment|damaged|does not hold"):
         pizoo.load(damaged)
 
 

@@ -16,10 +16,10 @@ from torch import nn
 
 import pizoo
 from pizoo import checkpoint, zoo
-from pizoo.checkpoint import CheckpointError
 from pizoo.data import Dataset, Normalize, epoch_order, load_dataset
 from pizoo.evaluation.accuracy import accuracy, predict
 from pizoo.evaluation.entries import classify
+from pizoo.files import CheckpointError
 from pizoo.recipes import Recipe, RecipeError, load_recipe
 from pizoo.rows import Reserved, growing_layers
 from pizoo.training import supervised

@@ -17,9 +17,9 @@ from torch import nn
 
 import pizoo
 from pizoo import checkpoint, functional, zoo
-from pizoo.checkpoint import CheckpointError
 from pizoo.data import epoch_order, load_dataset
 from pizoo.evaluation.accuracy import within
+from pizoo.files import CheckpointError, read_tensors, sha256
 from pizoo.models import FinPiMLP, InfPiMLP, KernelRegressor, MuMLP, NNGPRegressor
 from pizoo.optim import PiSGD, clip_grad_norm_, param_groups
 from pizoo.recipes import list_recipes, load_recipe
@@ -163,7 +163,7 @@ def test_shipped_files_are_small_and_are_the_ones_recorded(entry):
     folder, digests = zoo.card(entry), zoo.config(entry)["pizoo"]["files"]
     assert digests.keys() == {"model.safetensors", "probe.safetensors"}
     for name, digest in digests.items():
-        assert checkpoint.sha256(folder / name) == digest
+        assert sha256(folder / name) == digest
     assert all(path.stat().st_size <= LARGEST_FILE for path in folder.rglob("*"))
     wanted = {
         "README.md",
@@ -341,7 +341,7 @@ def test_torch_hub_loads_the_same_nets(digits):
 
 
 def test_the_infinite_net_on_cifar10_is_compact_says_so_and_grows_on(caplog):
-    probe = checkpoint.read_tensors(zoo.card("cifar10_infpi") / "probe.safetensors")
+    probe = read_tensors(zoo.card("cifar10_infpi") / "probe.safetensors")
     x, y = probe["x"], probe["logits"].argsort(1)[:, -2]  # its second choice, to be learned as its first
     with caplog.at_level("INFO", logger="pizoo"):
         model = torch.hub.load(str(REPOSITORY), "cifar10_infpi", source="local")

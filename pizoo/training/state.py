@@ -8,7 +8,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import torch
 from torch import Tensor, nn
 
-from pizoo.checkpoint import CheckpointError, Epoch
+from pizoo.checkpoint import Epoch
+from pizoo.files import CheckpointError
 from pizoo.memory import is_out_of_memory
 from pizoo.models.base import persistent_tensors
 from pizoo.optim import PiSGD

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from pizoo import __version__, checkpoint, ops, processes
 from pizoo.data import Dataset, epoch_order
 from pizoo.evaluation.accuracy import accuracy, predict
+from pizoo.files import CheckpointError, read_json, write_json
 from pizoo.memory import explained
 from pizoo.models import KernelRegressor
 from pizoo.optim import PiSGD, clip_grad_norm_, param_groups
@@ -230,13 +231,13 @@ class Training:
         self._finish()
         kept = self.folder is not None and (self.folder / checkpoint.RESULTS).exists()
         if already == settings.epochs and processes.of_first(kept):
-            results = checkpoint.read_json(self.folder / checkpoint.RESULTS)  # of the day and machine it was trained on
+            results = read_json(self.folder / checkpoint.RESULTS)  # of the day and machine it was trained on
         else:
             with explained(self._ran_out):
                 results = self._results()
             results["wall_seconds"] += self.timer.lap()
             if self.folder is not None and processes.index() == 0:
-                checkpoint.write_json(self.folder / checkpoint.RESULTS, results)
+                write_json(self.folder / checkpoint.RESULTS, results)
         return TrainResult(self.model, self.recipe, self.folder, self.history, results, self.correct)
 
     def _held_by_all(self) -> list[Tensor]:
@@ -397,7 +398,7 @@ def solve_kernel(recipe: Recipe, dataset: Dataset, folder: Path | None, device: 
         check_folder(folder, recipe)
         if (folder / checkpoint.RESULTS).exists():
             model, _ = checkpoint.load(folder, device=device)
-            results = checkpoint.read_json(folder / checkpoint.RESULTS)
+            results = read_json(folder / checkpoint.RESULTS)
             return TrainResult(model.attach(train_x), recipe, folder, results["history"], results)
     check_solving(recipe, len(train_x), device)
     model.fit(train_x, dataset.train_y.to(device))
@@ -408,7 +409,7 @@ def solve_kernel(recipe: Recipe, dataset: Dataset, folder: Path | None, device: 
     results = training_results(recipe, [record], device)
     if folder is not None:
         checkpoint.save_with_probe(folder, model, recipe.config(dataset.class_names), dataset, normalize)
-        checkpoint.write_json(folder / checkpoint.RESULTS, results)
+        write_json(folder / checkpoint.RESULTS, results)
     return TrainResult(model.eval(), recipe, folder, [record], results)
 
 
@@ -442,15 +443,15 @@ def check_folder(folder: Path, recipe: Recipe) -> None:
         return
     config = checkpoint.read_config(folder)
     if "converted" in config:
-        raise checkpoint.CheckpointError(f"{folder} holds a converted net, not a training; choose another folder")
+        raise CheckpointError(f"{folder} holds a converted net, not a training; choose another folder")
     found, wanted = decisive(config.get("recipe")), decisive(recipe.to_dict())
     if found != wanted:
-        raise checkpoint.CheckpointError(
+        raise CheckpointError(
             f"{folder} holds a training of another recipe ({_difference(found, wanted)}); "
             "choose another folder, or remove it"
         )
     if recipe.train is not None and (folder / checkpoint.MODEL).exists():
-        raise checkpoint.CheckpointError(f"{folder} holds a shipped net, not a training; choose another folder")
+        raise CheckpointError(f"{folder} holds a shipped net, not a training; choose another folder")
 
 
 def _difference(found: Any, wanted: Any, key: str = "") -> str:

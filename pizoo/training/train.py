@@ -13,6 +13,7 @@ from torch import Tensor
 from pizoo import __version__, checkpoint, processes
 from pizoo.data import Dataset, TaskPool, TransferData
 from pizoo.evaluation.accuracy import choose_device
+from pizoo.files import json_sha256, sha256
 from pizoo.recipes import Recipe, RecipeError, load_recipe
 from pizoo.training.meta import MetaTraining, measure_kernel
 from pizoo.training.report import logging_to
@@ -111,9 +112,9 @@ def _check_processes(
     processes.compare(
         {
             "code": _code_fingerprint(),
-            "recipe": checkpoint.json_sha256(recipe.to_dict()),
+            "recipe": json_sha256(recipe.to_dict()),
             "data": _data_fingerprint(dataset),
-            "checkpoint": checkpoint.sha256(folder / checkpoint.MANIFEST) if begun else "none",
+            "checkpoint": sha256(folder / checkpoint.MANIFEST) if begun else "none",
         }
     )
 
