@@ -12,6 +12,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from torch import Tensor
 
 from pizoo import checkpoint
+from pizoo.config import CONFIG, complete, read_config
 from pizoo.data import ASSETS, IMAGENET32, dataset_path
 from pizoo.evaluation.accuracy import paired_difference, within
 from pizoo.evaluation.fewshot import SPLITS, TaskAccuracy
@@ -116,9 +117,9 @@ def write_config(folder: Path, recipe: Recipe, class_names: Sequence[str]) -> No
         CheckpointError: the folder has weights, whose own config says more.
     """
     if (folder / checkpoint.MODEL).exists():
-        raise CheckpointError(f"{folder} has weights; its {checkpoint.CONFIG} is written together with them")
-    config = checkpoint.complete(recipe.config(class_names), recipe.build_model(), {})
-    write_json(folder / checkpoint.CONFIG, config)
+        raise CheckpointError(f"{folder} has weights; its {CONFIG} is written together with them")
+    config = complete(recipe.config(class_names), recipe.build_model(), {})
+    write_json(folder / CONFIG, config)
 
 
 def refresh(folder: Path, recipe: Recipe) -> None:
@@ -128,8 +129,8 @@ def refresh(folder: Path, recipe: Recipe) -> None:
         CheckpointError: the recipe would train or solve something else than what the card is of; something is damaged.
     """
     recipe = check_recipe(folder, recipe)
-    config = checkpoint.read_config(folder)
-    write_json(folder / checkpoint.CONFIG, {**config, "recipe": recipe.to_dict()})
+    config = read_config(folder)
+    write_json(folder / CONFIG, {**config, "recipe": recipe.to_dict()})
     write_card(folder)
 
 
@@ -139,7 +140,7 @@ def check_recipe(folder: Path, recipe: Recipe) -> Recipe:
     Raises:
         CheckpointError: the recipe would train or solve something else than what the card is of; something is damaged.
     """
-    config = checkpoint.read_config(folder)
+    config = read_config(folder)
     if (folder / checkpoint.RESULTS).exists():
         recipe = recipe.with_seed(read_json(folder / checkpoint.RESULTS)["shipped_seed"])
     if folder.name == TUNED:
@@ -202,7 +203,7 @@ class _Card:
 
     @classmethod
     def read(cls, folder: Path) -> _Card:
-        recipe = checkpoint.read_config(folder)["recipe"]
+        recipe = read_config(folder)["recipe"]
         if not (folder / checkpoint.RESULTS).exists():
             return cls(folder, recipe, {}, {})
         results = read_json(folder / checkpoint.RESULTS)
@@ -589,9 +590,9 @@ def _compared(card: _Card) -> Iterator[str]:
     """Lines of a table: how far this entry is from those beside it on the same test images, or tasks."""
     if not card.results or card.run == "split":  # other splits are other test images
         return
-    beside = [config.parent for config in sorted(card.folder.parent.glob(f"*/{checkpoint.CONFIG}"))]
+    beside = [config.parent for config in sorted(card.folder.parent.glob(f"*/{CONFIG}"))]
     for folder in beside:
-        recipe = checkpoint.read_config(folder)["recipe"]
+        recipe = read_config(folder)["recipe"]
         if folder.name == card.folder.name or _measured_on(recipe) != _measured_on(card.recipe):
             continue
         other = _Card.read(folder)

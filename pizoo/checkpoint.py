@@ -42,6 +42,18 @@ import torch
 from torch import Tensor, nn
 
 from pizoo import models, processes
+from pizoo.config import (
+    CONFIG,
+    FORMAT,
+    NETWORKS,
+    beside,
+    build,
+    check_format,
+    complete,
+    one_line,
+    read_config,
+    without_memory,
+)
 from pizoo.data import Dataset
 from pizoo.files import (
     CheckpointError,
@@ -58,10 +70,8 @@ from pizoo.memory import HEADROOM, NotEnoughMemory, copied_to_host, free_memory,
 from pizoo.models.base import check_state, persistent_tensors
 from pizoo.rows import Rows, check_place, growing_layers
 
-FORMAT = 1  # raised when an older pizoo would misread what is written now; every format from 1 on stays readable
 PROBE_INPUTS = 32
-CONFIG, MANIFEST, MODEL, PROBE, RESULTS, CORRECT = (
-    "config.json",
+MANIFEST, MODEL, PROBE, RESULTS, CORRECT = (
     "checkpoint.json",
     "model.safetensors",
     "probe.safetensors",
@@ -74,75 +84,10 @@ VERIFIED = (
 )
 LOCK = "train.lock"
 CPU = torch.device("cpu")
-DEEPEST = 1000  # layers
 READ_BYTES = 1 << 26  # of rows at once, from a file into the storage reserved for them
-NETWORKS = {cls.__name__: cls for cls in (models.InfPiMLP, models.FinPiMLP, models.MuMLP)}
-KERNELS = {
-    cls.__name__: cls for cls in (models.NNGPRegressor, models.NTKRegressor, models.NNGPLearner, models.NTKLearner)
-}
-
-
-class NewerFormatError(CheckpointError):
-    """A checkpoint that a later version of pizoo wrote."""
 
 
 # ---------------------------------------------------------------------------------------------------- nets
-
-
-def describe(model: nn.Module) -> dict[str, Any]:
-    """What :func:`build` needs to make a net like ``model``, as plain JSON values; CheckpointError if it has no read-out."""
-    if not model.num_classes:
-        raise CheckpointError("a net without a read-out cannot be saved; reset_classifier gives it one")
-    described = {"class": type(model).__name__, "hparams": model.hparams}
-    if rows := next((module for module in model.modules() if isinstance(module, Rows)), None):
-        described["rows_dtype"] = str(rows.A.dtype).removeprefix("torch.")
-    if (compacted := getattr(model, "compacted", None)) is not None:
-        described["compacted"] = compacted
-    return described
-
-
-def complete(config: Mapping[str, Any], model: nn.Module, files: Mapping[str, str]) -> dict[str, Any]:
-    """``config`` with what builds ``model``, the SHA-256 of ``files``, and the one of what decides the net's function."""
-    found = {**config, "pizoo": {"format": FORMAT, **describe(model), "files": dict(files)}}
-    found["pizoo"]["sha256"] = config_digest(found)
-    return found
-
-
-def config_digest(config: Mapping[str, Any]) -> str:
-    """SHA-256 of what decides a net's function and what it is measured on: hyper-parameters, data and preprocessing.
-
-    All else may be edited: descriptions, class names, published numbers, and where somebody's own data lie.
-    """
-    built = {key: config["pizoo"].get(key) for key in ("class", "hparams", "rows_dtype")}
-    recipe = config.get("recipe")
-    data = recipe.get("data") if isinstance(recipe, dict) else None
-    if isinstance(data, dict):
-        data = {key: value for key, value in data.items() if key != "path"}
-    return json_sha256({**built, "data": data})
-
-
-def build(description: Mapping[str, Any], device=None, dtype: torch.dtype | None = None) -> nn.Module:
-    """A freshly initialised net from :func:`describe`'s description.
-
-    Args:
-        dtype: of parameters and rows; None: float32 parameters, rows as described.
-
-    Raises:
-        CheckpointError: an unknown class, or hyper-parameters it does not take.
-    """
-    name, hparams = description.get("class"), description.get("hparams", {})
-    try:
-        if name in KERNELS:
-            return KERNELS[name](**hparams).to(device)
-        if name not in NETWORKS:
-            known = ", ".join((*NETWORKS, *KERNELS))
-            raise CheckpointError(f"the checkpoint is of a {name!r}; this version of pizoo knows {known}")
-        options: dict[str, Any] = {"device": device, "dtype": dtype}
-        if name == "InfPiMLP" and dtype is None and "rows_dtype" in description:
-            options["rows_dtype"] = getattr(torch, description["rows_dtype"])
-        return NETWORKS[name](**hparams, **options)
-    except (AttributeError, TypeError, ValueError) as error:
-        raise CheckpointError(f"the checkpoint's hyper-parameters do not fit {name}: {_one_line(error)}") from None
 
 
 def packed(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -213,39 +158,6 @@ def seed_key(seed: int) -> str:
     return f"seed-{seed}"
 
 
-def read_config(folder: Path) -> dict[str, Any]:
-    """``config.json`` of a checkpoint.
-
-    Raises:
-        NewerFormatError: of a later version of the format.
-        CheckpointError: none there, damaged, or of no version of the format.
-    """
-    config, path = read_json(folder / CONFIG), folder / CONFIG
-    found = config.get("pizoo") if isinstance(config, dict) else None
-    _check_format(path, found, "class", "hparams", "files", "sha256")
-    named = isinstance(found["hparams"], dict) and isinstance(found["files"], dict)
-    if not named or not all(isinstance(digest, str) for digest in found["files"].values()):
-        raise CheckpointError(f"{path}: hparams or files of pizoo are not what they must be: it is damaged")
-    if found["sha256"] != config_digest(config):
-        raise CheckpointError(
-            f"{path}: its class, hparams, rows_dtype or recipe.data are not those it was written with: it is damaged, or "
-            "was changed by hand"
-        )
-    _beside(path, found["files"])
-    return config
-
-
-def _check_format(path: Path, found: Any, *keys: str) -> None:
-    """Raise CheckpointError unless ``found``, read from ``path``, is of this format and has the keys."""
-    version = found.get("format") if isinstance(found, dict) else None
-    if version != FORMAT:
-        newer = isinstance(version, int) and version > FORMAT
-        kind, remedy = (NewerFormatError, ": a later one wrote it") if newer else (CheckpointError, "")
-        raise kind(f"{path} has format {version!r}; this version of pizoo reads format {FORMAT}{remedy}")
-    if missing := [key for key in keys if key not in found]:
-        raise CheckpointError(f"{path} has no {missing[0]!r}: it is damaged")
-
-
 def load(
     folder: Path, epoch: int | None = None, device=None, dtype: torch.dtype | None = None, rows_on: str = "auto"
 ) -> tuple[nn.Module, dict[str, Any]]:
@@ -265,7 +177,7 @@ def load(
     check_place(rows_on, "auto")
     folder = Path(folder)
     config = read_config(folder)
-    expected = _without_memory(config["pizoo"], dtype)
+    expected = without_memory(config["pizoo"], dtype)
     layers = growing_layers(expected)
     if (folder / MANIFEST).exists() and (epoch is not None or not (folder / MODEL).exists()):
         manifest = read_manifest(folder)
@@ -291,31 +203,10 @@ def load(
     except (RuntimeError, ValueError) as error:
         if is_out_of_memory(error) or isinstance(error, CheckpointError | NotEnoughMemory):
             raise
-        raise CheckpointError(f"{folder} does not hold what its {CONFIG} says: {_one_line(error)}") from None
+        raise CheckpointError(f"{folder} does not hold what its {CONFIG} says: {one_line(error)}") from None
     if "compacted" in config["pizoo"]:
         model.compacted = config["pizoo"]["compacted"]
     return model.eval(), config
-
-
-def _without_memory(description: Mapping[str, Any], dtype: torch.dtype | None) -> nn.Module:
-    """A net as described that has shapes and no numbers: whatever sizes a file asks for, none is allocated before the files
-    with the numbers are seen to have it.
-    """
-    for name in ("hidden_layers", "depth"):
-        layers = description["hparams"].get(name, 1)
-        if isinstance(layers, int) and layers > DEEPEST:
-            raise CheckpointError(f"the checkpoint's {name} is {layers}; at most {DEEPEST} are loaded")
-    shapes = {key: value for key, value in description.items() if key != "rows_dtype"}
-    try:
-        return build(shapes, "meta", dtype)
-    except CheckpointError:
-        raise
-    except (RuntimeError, OverflowError) as error:
-        raise CheckpointError(f"the checkpoint's hyper-parameters are of no net: {_one_line(error)}") from None
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
 
 
 class Segment(NamedTuple):
@@ -585,7 +476,7 @@ def _write_state(
 
 def read_manifest(folder: Path) -> dict[str, Any]:
     manifest = read_json(folder / MANIFEST)
-    _check_format(folder / MANIFEST, manifest, "epochs", "segments", "sha256")
+    check_format(folder / MANIFEST, manifest, "epochs", "segments", "sha256")
     if manifest.pop("sha256") != json_sha256(manifest):
         raise CheckpointError(f"{folder / MANIFEST} is not as it was written: it is damaged, or was changed by hand")
     return manifest
@@ -638,19 +529,9 @@ def training_files(folder: Path) -> dict[str, str]:
 
 def _named(folder: Path, entries: list[dict[str, Any]]) -> dict[str, str]:
     try:
-        return _beside(folder / MANIFEST, {entry["file"]: entry["sha256"] for entry in entries})
+        return beside(folder / MANIFEST, {entry["file"]: entry["sha256"] for entry in entries})
     except (KeyError, TypeError) as error:
         raise CheckpointError(f"{folder / MANIFEST} lacks something ({error!r}): it is damaged") from None
-
-
-def _beside(path: Path, files: Any) -> dict[str, str]:
-    """The names of files and their SHA-256 that ``path`` holds; CheckpointError unless they are those of files beside it."""
-    if not isinstance(files, dict):
-        raise CheckpointError(f"{path} does not name its files with their SHA-256: it is damaged")
-    for name in files:
-        if not isinstance(name, str) or Path(name).name != name:
-            raise CheckpointError(f"{path} names {name!r}, which is no file beside it")
-    return files
 
 
 def _recorded(folder: Path, manifest: Mapping[str, Any], epoch: int | None = None) -> tuple[dict[str, Any], list[dict]]:

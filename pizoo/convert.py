@@ -29,6 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from pizoo import checkpoint, zoo
+from pizoo.config import NETWORKS, build, read_config
 from pizoo.data import DataNotFoundError
 from pizoo.evaluation.entries import evaluate
 from pizoo.files import CheckpointError, read_json
@@ -108,8 +109,8 @@ def convert(file: str | os.PathLike, entry: str | os.PathLike, folder: str | os.
     file, folder = Path(file), Path(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise FileExistsError(f"{folder} is there already; give a folder to be made")
-    config = checkpoint.read_config(zoo.folder_of(entry))
-    if config["pizoo"]["class"] not in checkpoint.NETWORKS:
+    config = read_config(zoo.folder_of(entry))
+    if config["pizoo"]["class"] not in NETWORKS:
         raise CheckpointError(f"{entry} is a kernel, which has no network to convert")
     foreign = understand(read_pickled(file, _knows), file)
     model, tensors = _matched(foreign, config["pizoo"], file, entry)
@@ -132,7 +133,7 @@ def compare(
     device: torch.device | str | None = None,
 ) -> Comparison:
     """Measure a converted net where its data are, beside what its entry records (mean over seeds) and the paper published."""
-    config, results = checkpoint.read_config(Path(folder)), zoo.folder_of(entry) / checkpoint.RESULTS
+    config, results = read_config(Path(folder)), zoo.folder_of(entry) / checkpoint.RESULTS
     recorded = read_json(results) if results.exists() else {}
     published = (zoo.recipe_of(config, entry).get("published") or {}).get("accuracy")
     measured, reason = None, ""
@@ -378,7 +379,7 @@ def _matched(
         if len(dtypes) != 1 or not dtypes <= {"float16", "bfloat16", "float32", "float64"}:
             raise CheckpointError(f"{file} has rows of dtypes {sorted(dtypes)}; one floating-point dtype was wanted")
         description["rows_dtype"] = dtypes.pop()
-    model = checkpoint.build(description)
+    model = build(description)
     if isinstance(model, MuMLP):  # those of the first code base carry the Ω they were sampled with before
         tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith("omega.")}
     if not infinite:  # its code keeps biases that an alpha of 0 multiplies

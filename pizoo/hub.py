@@ -26,7 +26,7 @@ from huggingface_hub.errors import (
 )
 
 from pizoo import checkpoint
-from pizoo.checkpoint import NewerFormatError
+from pizoo.config import CONFIG, NewerFormatError, read_config
 from pizoo.files import CheckpointError, check_file, read_json
 
 PREFIX = "hf-hub:"  # timm's word
@@ -114,11 +114,11 @@ def fetch(
         TypeError: other options.
     """
     check_options(options)
-    folder = _download(address, checkpoint.CONFIG, **options).parent
+    folder = _download(address, CONFIG, **options).parent
     # Whatever is pushed meanwhile, the files of one fetch are of one commit, and cached ones need no connection.
     pinned = address._replace(revision=_commit(folder, address))
-    with _discarding(folder / checkpoint.CONFIG):
-        files = checkpoint.read_config(folder)["pizoo"]["files"]
+    with _discarding(folder / CONFIG):
+        files = read_config(folder)["pizoo"]["files"]
     if epoch is not None and checkpoint.MODEL in files and not address.folder:
         return fetch(pinned._replace(folder=FULL), weights, epoch, records, **options)
     if not weights:

@@ -17,7 +17,8 @@ from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundErro
 from huggingface_hub.utils.sha import git_hash
 
 from pizoo import __version__, checkpoint, hub, zoo
-from pizoo.checkpoint import CONFIG, CORRECT, MANIFEST, MODEL, RESULTS
+from pizoo.checkpoint import CORRECT, MANIFEST, MODEL, RESULTS
+from pizoo.config import CONFIG, read_config
 from pizoo.files import CheckpointError, check_file, read_json, sha256, sha256_of
 from pizoo.hub import FULL, Address, HubError, explained
 from pizoo.plots import CURVES, SIZES
@@ -150,13 +151,13 @@ def _contents(folder: Path, address: Address, full: str | os.PathLike | None) ->
 
 def _kind(folder: Path) -> tuple[str, str | None]:
     """Class of a checkpoint's net, and the data it is of."""
-    config = checkpoint.read_config(folder)
+    config = read_config(folder)
     return config["pizoo"]["class"], config.get("recipe", {}).get("data", {}).get("name")
 
 
 def _files(folder: Path, prefix: str) -> list[Upload]:
     """A checkpoint's files: those it names, which must be what it recorded, and what stands beside them to be read."""
-    named = dict(checkpoint.read_config(folder)["pizoo"]["files"])
+    named = dict(read_config(folder)["pizoo"]["files"])
     training = checkpoint.training_files(folder) if (folder / MANIFEST).exists() else {}
     if MODEL not in named and not training:
         raise CheckpointError(
@@ -182,7 +183,7 @@ def _upload(path: str, source: Path | bytes, digest: str | None = None) -> Uploa
 
 def _card(folder: Path, address: Address) -> bytes:
     """A card for a checkpoint that has none."""
-    found = checkpoint.read_config(folder)
+    found = read_config(folder)
     about = found.get("recipe", {}).get("description") or f"A `{found['pizoo']['class']}`"
     name = address.repo_id.partition("/")[2]
     return str(hub.plain_card(name, about, f"{hub.PREFIX}{address.repo_id}")).encode()

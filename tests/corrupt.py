@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 
 import pizoo
 from pizoo import checkpoint, zoo
-from pizoo.checkpoint import config_digest
+from pizoo.config import config_digest
 from pizoo.evaluation.verify import PROBE_TOLERANCE, verify
 from pizoo.files import CheckpointError, json_sha256, write_json, write_tensors
 from pizoo.recipes import load_recipe

@@ -23,6 +23,7 @@ from torch import nn
 
 import pizoo
 from pizoo import checkpoint
+from pizoo.config import complete, config_digest
 from pizoo.files import CheckpointError, sha256, write_atomically, write_json, write_tensors
 from pizoo.models import FinPiMLP, InfPiMLP, MuMLP, NNGPRegressor, NTKRegressor
 from pizoo.optim import PiSGD, param_groups
@@ -91,7 +92,7 @@ def edit_built(path: Path, change) -> None:
 
     def change_and_sign(config):
         change(config["pizoo"])
-        config["pizoo"]["sha256"] = checkpoint.config_digest(config)
+        config["pizoo"]["sha256"] = config_digest(config)
 
     edit_json(path, change_and_sign)
 
@@ -482,7 +483,7 @@ def test_the_decay_factor_is_under_the_states_digest(finished):
 def test_pickled_weights_beside_the_checkpoint_are_not_looked_at(tmp_path):
     for name in ("pytorch_model.bin", "model.pt", "model.pth"):
         (tmp_path / name).write_bytes(pickle.dumps(Trap(str(tmp_path / "executed"))))
-    (tmp_path / "config.json").write_text(json.dumps(checkpoint.complete({}, MuMLP(6, 3, width=4), {})))
+    (tmp_path / "config.json").write_text(json.dumps(complete({}, MuMLP(6, 3, width=4), {})))
     with pytest.raises(CheckpointError, match=r"model\.safetensors is missing"):
         checkpoint.load(tmp_path)
     assert not (tmp_path / "executed").exists()

@@ -18,7 +18,8 @@ from PIL import Image
 from rich.console import Console
 
 import pizoo
-from pizoo import checkpoint, cli, functional, zoo
+from pizoo import cli, functional, zoo
+from pizoo.config import read_config
 from pizoo.data import load_dataset
 from pizoo.files import CheckpointError, read_tensors, write_tensors
 from pizoo.models import InfPiMLP
@@ -430,7 +431,7 @@ def test_reproduce_of_a_changed_recipe_stays_out_of_the_zoos_cards(pizoo_command
         assert refused.code == 2 and "give --cards and --runs of their own" in refused.err
     made = pizoo_command(*changed, "--cards", "cards", "--runs", "trainings")
     assert made.code == 0 and made.out.count("; verified; ") == 2 and "all: " in made.out
-    config = checkpoint.read_config(tmp_path / "cards" / "digits_ntk")
+    config = read_config(tmp_path / "cards" / "digits_ntk")
     assert (config["recipe"]["data"]["subset"], config["recipe"]["data"]["split"]) == (100, 3)
 
 

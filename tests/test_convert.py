@@ -16,7 +16,8 @@ from test_checkpoint import assert_same, flip_bit
 from test_golden import Golden, files
 
 import pizoo
-from pizoo import checkpoint, convert, zoo
+from pizoo import convert, zoo
+from pizoo.config import complete
 from pizoo.convert import compare
 from pizoo.files import CheckpointError, read_tensors, write_json
 from pizoo.models import FinPiMLP, InfPiMLP, MuMLP
@@ -54,7 +55,7 @@ def infinite(dtype: torch.dtype = torch.float16, rows: int = 20, **hparams) -> I
 def entry_of(model, folder: Path) -> Path:
     """A folder whose config.json is that of an entry ``model`` is a net of."""
     config = {"recipe": {"published": {"accuracy": 50.0}}, "class_names": ["a", "b", "c"]}
-    write_json(folder / "config.json", checkpoint.complete(config, type(model)(**model.hparams), {}))
+    write_json(folder / "config.json", complete(config, type(model)(**model.hparams), {}))
     return folder
 
 

@@ -15,7 +15,7 @@ from loopback_hub import TOKEN
 
 import pizoo
 from pizoo import checkpoint, hub, zoo
-from pizoo.checkpoint import NewerFormatError
+from pizoo.config import CONFIG, NewerFormatError
 from pizoo.files import CheckpointError, read_json
 from pizoo.hub import Address, HubError
 from pizoo.models import FinPiMLP, InfPiMLP, MuMLP
@@ -209,9 +209,9 @@ def with_format(content: bytes) -> bytes:
     return content.replace(b'"format": 1', b'"format": 99')
 
 
-@pytest.mark.parametrize("name", [checkpoint.CONFIG, checkpoint.MANIFEST])
+@pytest.mark.parametrize("name", [CONFIG, checkpoint.MANIFEST])
 def test_a_checkpoint_of_a_newer_format_is_refused_and_stays_in_the_cache(scene, name):
-    source = ENTRY if name == checkpoint.CONFIG else scene.training()
+    source = ENTRY if name == CONFIG else scene.training()
     pizoo.publish(source, REPO)
     files = scene.hub.files(REPO)
     newer = scene.hub.put(with_format(scene.hub.content(files[name][0]).read_bytes()))

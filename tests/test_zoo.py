@@ -16,7 +16,8 @@ import torch
 from torch import nn
 
 import pizoo
-from pizoo import checkpoint, functional, zoo
+from pizoo import functional, zoo
+from pizoo.config import build, describe
 from pizoo.data import epoch_order, load_dataset
 from pizoo.evaluation.accuracy import within
 from pizoo.files import CheckpointError, read_tensors, sha256
@@ -120,7 +121,7 @@ def test_a_card_says_what_the_recipe_says(entry):
         recipe = recipe.with_seed(json.loads((zoo.card(entry) / "results.json").read_text())["shipped_seed"])
     own = {key: value for key, value in config.items() if key != "pizoo"}
     assert own == json.loads(json.dumps(recipe.config(config["class_names"])))
-    described = json.loads(json.dumps(checkpoint.describe(recipe.build_model())))
+    described = json.loads(json.dumps(describe(recipe.build_model())))
     if recipe.compact and zoo.has_weights(entry):  # it ships smaller than it trains
         described["rows_dtype"] = recipe.compact.dtype
     found = {key: config["pizoo"][key] for key in described}
@@ -225,7 +226,7 @@ def test_untrained_nets_need_no_weights(entry):
     else:
         hparams = zoo.config(entry)["pizoo"]["hparams"]
         assert model(torch.randn(2, hparams["d_in"])).shape == (2, hparams["d_out"])
-        assert checkpoint.describe(model)["hparams"] == hparams
+        assert describe(model)["hparams"] == hparams
 
 
 def test_dtype_and_device_reach_the_net():
@@ -306,7 +307,7 @@ def test_another_number_of_classes_is_a_fresh_read_out_on_the_same_features(entr
             assert torch.equal(model.features(x), loaded.features(x))
         assert model.config["num_classes"] == len(model.config["class_names"]) == k
         assert model.config["recipe"] == loaded.config["recipe"] and zoo.config(entry)["num_classes"] == 10
-    rebuilt = checkpoint.build(checkpoint.describe(reset))
+    rebuilt = build(describe(reset))
     rebuilt.load_state_dict(reset.state_dict())
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from pizoo import checkpoint, zoo
+from pizoo.config import CONFIG, read_config
 from pizoo.data import DataNotFoundError, load_tasks
 from pizoo.evaluation.accuracy import choose_device, correct, percent, predict, within
 from pizoo.evaluation.entries import attach_training_images
@@ -146,7 +147,7 @@ def verify(
     results: dict[str, Any] = {}
     config: dict[str, Any] = {}
     try:
-        config = _checked_types(checkpoint.read_config(folder), CONFIG_TYPES, folder / checkpoint.CONFIG)
+        config = _checked_types(read_config(folder), CONFIG_TYPES, folder / CONFIG)
         if not (folder / checkpoint.RESULTS).exists():
             raise zoo.WeightsNotFoundError(f"{folder} records no results yet")
         path = folder / checkpoint.RESULTS

@@ -24,6 +24,7 @@ from pizoo.compaction.full import (
     sizes_of,
     without_rows,
 )
+from pizoo.config import CONFIG, read_config
 from pizoo.data import Dataset, TaskPool
 from pizoo.evaluation.accuracy import accuracy, choose_device, percent
 from pizoo.evaluation.entries import correct_once_loaded
@@ -157,7 +158,7 @@ def compact_checkpoint(
     """
     folder, out, device = zoo.locate(source, epoch=epoch, records=True), Path(out), choose_device(device)
     zoo.check_weights(folder)
-    if (out / checkpoint.CONFIG).exists() and "compacted" not in checkpoint.read_config(out)["pizoo"]:
+    if (out / CONFIG).exists() and "compacted" not in read_config(out)["pizoo"]:
         raise CheckpointError(f"{out} holds a checkpoint that is not a compact net; choose another folder")
     model, config = checkpoint.load(folder, epoch, device)
     recipe = Recipe.from_dict(zoo.recipe_of(config, source), str(source))

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from pizoo import checkpoint
+from pizoo.config import CONFIG
 from pizoo.data import Dataset, TaskPool, TransferData
 from pizoo.evaluation.accuracy import choose_device, correct, percent, predict, standard_error
 from pizoo.evaluation.fewshot import TaskAccuracy, split_correct
@@ -83,7 +84,7 @@ def train_seeds(
     """
     runs, device = Path(runs), choose_device(device)
     recipes = {seed: recipe.with_seed(seed) for seed in seeds}
-    if (runs / checkpoint.CONFIG).exists():
+    if (runs / CONFIG).exists():
         raise CheckpointError(f"{runs} holds a training of its own; choose another folder for several seeds")
     if len(recipes) > 1 and not seeds_differ(recipe):
         raise ValueError(

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from pizoo import __version__, checkpoint, ops, processes
+from pizoo.config import CONFIG, read_config
 from pizoo.data import Dataset, epoch_order
 from pizoo.evaluation.accuracy import accuracy, predict
 from pizoo.files import CheckpointError, read_json, write_json
@@ -439,9 +440,9 @@ def training_results(recipe: Recipe, history: list[dict[str, Any]], device: torc
 
 def check_folder(folder: Path, recipe: Recipe) -> None:
     """Raise CheckpointError if a folder holds another recipe's training, or a shipped net that training would mix with."""
-    if not (folder / checkpoint.CONFIG).exists():
+    if not (folder / CONFIG).exists():
         return
-    config = checkpoint.read_config(folder)
+    config = read_config(folder)
     if "converted" in config:
         raise CheckpointError(f"{folder} holds a converted net, not a training; choose another folder")
     found, wanted = decisive(config.get("recipe")), decisive(recipe.to_dict())
