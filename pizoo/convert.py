@@ -28,7 +28,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from pizoo import checkpoint, zoo
+from pizoo import checkpoint, segments, zoo
 from pizoo.config import NETWORKS, build, read_config
 from pizoo.data import DataNotFoundError
 from pizoo.evaluation.entries import evaluate
@@ -417,7 +417,7 @@ def _write_infinite(
     }
     for name, tensor in rest.items():
         _check_finite(tensors[name], tensor, *name.rsplit(".", 1))
-    checkpoint.save_in_parts(folder, model, config, _rows(tensors, amults), amults, rest)
+    segments.save_in_parts(folder, model, config, _rows(tensors, amults), amults, rest)
     return {name: len(amult) for name, amult in amults.items()}
 
 

@@ -25,7 +25,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from pizoo import checkpoint
+from pizoo import checkpoint, segments
 from pizoo.config import CONFIG, NewerFormatError, read_config
 from pizoo.files import CheckpointError, check_file, read_json
 
@@ -124,10 +124,10 @@ def fetch(
     if not weights:
         return folder
     if checkpoint.MODEL not in files:
-        manifest = _download(pinned, checkpoint.MANIFEST, **options)
+        manifest = _download(pinned, segments.MANIFEST, **options)
         with _discarding(manifest):
-            checkpoint.read_manifest(folder)
-        files = checkpoint.epoch_files(folder, epoch)
+            segments.read_manifest(folder)
+        files = segments.epoch_files(folder, epoch)
     if records:
         files = files | _records(pinned, **options)
     for name, digest in files.items():

@@ -16,12 +16,13 @@ from huggingface_hub import CommitOperationAdd, HfApi
 from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 from huggingface_hub.utils.sha import git_hash
 
-from pizoo import __version__, checkpoint, hub, zoo
-from pizoo.checkpoint import CORRECT, MANIFEST, MODEL, RESULTS
+from pizoo import __version__, hub, segments, zoo
+from pizoo.checkpoint import CORRECT, MODEL, RESULTS
 from pizoo.config import CONFIG, read_config
 from pizoo.files import CheckpointError, check_file, read_json, sha256, sha256_of
 from pizoo.hub import FULL, Address, HubError, explained
 from pizoo.plots import CURVES, SIZES
+from pizoo.segments import MANIFEST
 from pizoo.zoo import TUNED
 
 log = logging.getLogger("pizoo")
@@ -158,7 +159,7 @@ def _kind(folder: Path) -> tuple[str, str | None]:
 def _files(folder: Path, prefix: str) -> list[Upload]:
     """A checkpoint's files: those it names, which must be what it recorded, and what stands beside them to be read."""
     named = dict(read_config(folder)["pizoo"]["files"])
-    training = checkpoint.training_files(folder) if (folder / MANIFEST).exists() else {}
+    training = segments.training_files(folder) if (folder / MANIFEST).exists() else {}
     if MODEL not in named and not training:
         raise CheckpointError(
             f"{folder} has no weights to publish: neither {MODEL} nor {MANIFEST}; train it, and publish the training's folder"

@@ -26,6 +26,7 @@ from pizoo.config import config_digest
 from pizoo.evaluation.verify import PROBE_TOLERANCE, verify
 from pizoo.files import CheckpointError, json_sha256, write_json, write_tensors
 from pizoo.recipes import load_recipe
+from pizoo.segments import read_manifest
 
 Files = dict[str, bytes]
 CARDS = ("digits_infpi", "digits_finpi", "digits_mu", "digits_nngp")
@@ -97,7 +98,7 @@ def subjects(folder: Path) -> list[Subject]:
 
 def split(folder: Path, of: int = 2) -> None:
     """Make the checkpoint of a training what ``of`` processes would have written."""
-    manifest, segments = checkpoint.read_manifest(folder), []
+    manifest, segments = read_manifest(folder), []
     for entry in manifest["segments"]:
         tensors = load_file(folder / entry["file"])
         (folder / entry["file"]).unlink()

@@ -21,7 +21,7 @@ from huggingface_hub import constants
 from huggingface_hub.utils import disable_progress_bars
 
 import pizoo
-from pizoo import checkpoint, zoo
+from pizoo import checkpoint, segments, zoo
 from pizoo.files import CheckpointError, sha256
 from pizoo.models import InfPiMLP
 from pizoo.rows import growing_layers
@@ -112,13 +112,13 @@ def make_training(folder: Path, epochs: int, rows: int, r: int, d_in: int = 64, 
     layers = growing_layers(net)
     for layer in layers.values():
         layer.reserve(layer.count + epochs * rows)
-    checkpoint.start_training(folder, net, {"architecture": None, "num_classes": classes})
+    segments.start_training(folder, net, {"architecture": None, "num_classes": classes})
     for epoch in range(1, epochs + 1):
         for layer in layers.values():
             A = torch.randn(rows, layer.A.shape[1])
             B = torch.nn.functional.normalize(torch.randn(rows, r))
             layer.append(A, B, torch.full((rows,), 0.01))
-        checkpoint.save_epoch(folder, net, {"epoch": epoch, "step": epoch}, {})
+        segments.save_epoch(folder, net, {"epoch": epoch, "step": epoch}, {})
 
 
 # ---------------------------------------------------------------------------------------------------- faults

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pizoo import __version__, checkpoint, ops, processes
+from pizoo import __version__, checkpoint, ops, processes, segments
 from pizoo.config import CONFIG, read_config
 from pizoo.data import Dataset, epoch_order
 from pizoo.evaluation.accuracy import accuracy, predict
@@ -200,16 +200,16 @@ class Training:
         if self.folder is None:
             return
         check_folder(self.folder, self.recipe)
-        if not (self.folder / checkpoint.MANIFEST).exists():
-            checkpoint.start_training(self.folder, self.model, self.recipe.config(self.class_names))
+        if not (self.folder / segments.MANIFEST).exists():
+            segments.start_training(self.folder, self.model, self.recipe.config(self.class_names))
             return
-        if records := checkpoint.read_manifest(self.folder)["epochs"]:
+        if records := segments.read_manifest(self.folder)["epochs"]:
             self.history = [record["metrics"] for record in records]
             best = self._best_epoch()
             if best is not None and best < len(records):
-                restore(self.model, self.optimizer, checkpoint.read_epoch(self.folder, best))
+                restore(self.model, self.optimizer, segments.read_epoch(self.folder, best))
                 self.best = Snapshot(self.model)
-            restore(self.model, self.optimizer, checkpoint.read_epoch(self.folder))
+            restore(self.model, self.optimizer, segments.read_epoch(self.folder))
             if best == len(records):
                 self.best = Snapshot(self.model)
             log.info("resuming %s after epoch %d", self.folder, len(self.history))
@@ -359,8 +359,8 @@ class Training:
 
     def _ran_out(self, reported: str) -> str:
         self.writing.wait()
-        begun = self.folder is not None and (self.folder / checkpoint.MANIFEST).exists()
-        saved = len(checkpoint.read_manifest(self.folder)["epochs"]) if begun else 0
+        begun = self.folder is not None and (self.folder / segments.MANIFEST).exists()
+        saved = len(segments.read_manifest(self.folder)["epochs"]) if begun else 0
         return f"{self.plan.ran_out(self.recipe.entry, reported)}; {self._kept(saved)}"
 
     def _kept(self, epoch: int) -> str:
@@ -374,7 +374,7 @@ class Training:
         # A finite net's state is all of it, every epoch again: only the best, where that is kept, and the last.
         keep = None if self.growing else {best, *self._kept_epochs()}
         self.writing.wait()
-        checkpoint.save_epoch(self.folder, self.model, record, tensors, keep, best, self.writing.submit)
+        segments.save_epoch(self.folder, self.model, record, tensors, keep, best, self.writing.submit)
 
     def _best_epoch(self) -> int | None:
         """The epoch whose net this training gives; None: the last."""
