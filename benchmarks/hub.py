@@ -177,7 +177,7 @@ def main() -> None:
         shutil.rmtree(scratch)
     import huggingface_hub
 
-    from pizoo.checkpoint import write_json
+    from pizoo.files import write_json
 
     versions = {"huggingface_hub": huggingface_hub.__version__, "python": sys.version.split()[0]}
     write_json(arguments.out, {**results, "versions": versions})

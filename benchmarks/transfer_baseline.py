@@ -18,10 +18,10 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from pizoo.checkpoint import write_json
 from pizoo.data import Dataset, Normalize, epoch_order
 from pizoo.evaluation.accuracy import accuracy, choose_device, percent, predict
 from pizoo.evaluation.transfer import transfer_correct, validation_accuracies
+from pizoo.files import write_json
 from pizoo.functional import feature_kernel_from_postactivations
 from pizoo.models.base import batched
 from pizoo.recipes import load_recipe

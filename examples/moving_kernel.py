@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 import pizoo
-from pizoo import checkpoint, functional
+from pizoo import checkpoint, functional, segments
+from pizoo.config import read_config
 from pizoo.evaluation.accuracy import accuracy, choose_device
 from pizoo.recipes import Recipe, load_recipe
 
@@ -54,8 +55,8 @@ def regression(kernel: Tensor, y: Tensor, classes: int) -> float:
 
 def feature_kernels(folder: Path, x: Tensor, device: torch.device) -> dict[int, Tensor]:
     """The kernel of the features before training (epoch 0) and after every epoch that is held, or some dozen of them."""
-    recipe = Recipe.from_dict(checkpoint.read_config(folder)["recipe"])
-    held = [record["epoch"] for record in checkpoint.read_manifest(folder)["epochs"] if record["state"]]
+    recipe = Recipe.from_dict(read_config(folder)["recipe"])
+    held = [record["epoch"] for record in segments.read_manifest(folder)["epochs"] if record["state"]]
     chosen = sorted({*held[:2], *held[:: max(1, len(held) // EPOCHS_SHOWN)], held[-1]})
     kernels = {}
     for epoch in (0, *chosen):

@@ -12,9 +12,11 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from torch import Tensor
 
 from pizoo import checkpoint
+from pizoo.config import CONFIG, complete, read_config
 from pizoo.data import ASSETS, IMAGENET32, dataset_path
 from pizoo.evaluation.accuracy import paired_difference, within
 from pizoo.evaluation.fewshot import SPLITS, TaskAccuracy
+from pizoo.files import CheckpointError, read_json, read_tensors, write_atomically, write_json
 from pizoo.plots import CURVES, SIZES, draw_curves, draw_sizes, rows_by_epoch
 from pizoo.recipes import Recipe, decisive
 from pizoo.zoo import TUNED, counted
@@ -115,9 +117,9 @@ def write_config(folder: Path, recipe: Recipe, class_names: Sequence[str]) -> No
         CheckpointError: the folder has weights, whose own config says more.
     """
     if (folder / checkpoint.MODEL).exists():
-        raise checkpoint.CheckpointError(f"{folder} has weights; its {checkpoint.CONFIG} is written together with them")
-    config = checkpoint.complete(recipe.config(class_names), recipe.build_model(), {})
-    checkpoint.write_json(folder / checkpoint.CONFIG, config)
+        raise CheckpointError(f"{folder} has weights; its {CONFIG} is written together with them")
+    config = complete(recipe.config(class_names), recipe.build_model(), {})
+    write_json(folder / CONFIG, config)
 
 
 def refresh(folder: Path, recipe: Recipe) -> None:
@@ -127,8 +129,8 @@ def refresh(folder: Path, recipe: Recipe) -> None:
         CheckpointError: the recipe would train or solve something else than what the card is of; something is damaged.
     """
     recipe = check_recipe(folder, recipe)
-    config = checkpoint.read_config(folder)
-    checkpoint.write_json(folder / checkpoint.CONFIG, {**config, "recipe": recipe.to_dict()})
+    config = read_config(folder)
+    write_json(folder / CONFIG, {**config, "recipe": recipe.to_dict()})
     write_card(folder)
 
 
@@ -138,15 +140,13 @@ def check_recipe(folder: Path, recipe: Recipe) -> Recipe:
     Raises:
         CheckpointError: the recipe would train or solve something else than what the card is of; something is damaged.
     """
-    config = checkpoint.read_config(folder)
+    config = read_config(folder)
     if (folder / checkpoint.RESULTS).exists():
-        recipe = recipe.with_seed(checkpoint.read_json(folder / checkpoint.RESULTS)["shipped_seed"])
+        recipe = recipe.with_seed(read_json(folder / checkpoint.RESULTS)["shipped_seed"])
     if folder.name == TUNED:
         recipe = recipe.with_model(**{k: v for k, v in config["recipe"]["model"].items() if k != "kind"})
     if decisive(config["recipe"]) != decisive(recipe.to_dict()):
-        raise checkpoint.CheckpointError(
-            f"{folder} is the card of another recipe than {recipe.entry} is now: make it again"
-        )
+        raise CheckpointError(f"{folder} is the card of another recipe than {recipe.entry} is now: make it again")
     return recipe
 
 
@@ -159,7 +159,7 @@ def write_card(folder: Path) -> Path:
     if card.compact:
         draw_sizes(folder / SIZES, card.compact)
     path, text = folder / "README.md", card_text(folder)
-    checkpoint.write_atomically(path, lambda temporary: temporary.write_text(text))
+    write_atomically(path, lambda temporary: temporary.write_text(text))
     return path
 
 
@@ -203,13 +203,11 @@ class _Card:
 
     @classmethod
     def read(cls, folder: Path) -> _Card:
-        recipe = checkpoint.read_config(folder)["recipe"]
+        recipe = read_config(folder)["recipe"]
         if not (folder / checkpoint.RESULTS).exists():
             return cls(folder, recipe, {}, {})
-        results = checkpoint.read_json(folder / checkpoint.RESULTS)
-        return cls(
-            folder, recipe, results, checkpoint.read_tensors(folder / checkpoint.CORRECT, results["correct_sha256"])
-        )
+        results = read_json(folder / checkpoint.RESULTS)
+        return cls(folder, recipe, results, read_tensors(folder / checkpoint.CORRECT, results["correct_sha256"]))
 
     @property
     def name(self) -> str:
@@ -592,9 +590,9 @@ def _compared(card: _Card) -> Iterator[str]:
     """Lines of a table: how far this entry is from those beside it on the same test images, or tasks."""
     if not card.results or card.run == "split":  # other splits are other test images
         return
-    beside = [config.parent for config in sorted(card.folder.parent.glob(f"*/{checkpoint.CONFIG}"))]
+    beside = [config.parent for config in sorted(card.folder.parent.glob(f"*/{CONFIG}"))]
     for folder in beside:
-        recipe = checkpoint.read_config(folder)["recipe"]
+        recipe = read_config(folder)["recipe"]
         if folder.name == card.folder.name or _measured_on(recipe) != _measured_on(card.recipe):
             continue
         other = _Card.read(folder)

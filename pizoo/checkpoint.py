@@ -8,18 +8,8 @@ A shipped net::
     results.json        the recorded numbers
     correct.safetensors which test images were classified correctly, by the shipped net and by every seed's
 
-A net while it trains (and after: any epoch can be loaded)::
-
-    config.json
-    checkpoint.json           the manifest: epochs, and the segments each is made of, with SHA-256, its own included
-    rows-00000.safetensors    A and B of the rows the net started with; then one immutable segment an epoch, its new rows
-    state-00001.safetensors   what else an epoch's net is: input layer, biases, amult and its decay factor, optimizer
-
-Processes that train together write a segment each, ``rows-00007-1of4.safetensors``. Which rows it holds stands in the manifest,
-by numbers that do not depend on who held them: any number of processes loads what any number has written.
-
-A finite net has no segments, and its state files hold all of it. Every file is written under a temporary name, flushed and
-renamed, the manifest last: whatever interrupts a save, the epochs before it stay loadable.
+A net while it trains, and after, is a folder of segments (:mod:`pizoo.segments`). Every file of either is written under a
+temporary name, flushed and renamed.
 
 Damage is refused with a message: every file a net is loaded from stands under a SHA-256, and what those stand in
 (``config.json``, the manifest) under one of its own, as far as it decides the net, its data and its preprocessing. Names,
@@ -30,232 +20,31 @@ training nothing does. Even so nothing is executed, and no net is given memory b
 
 from __future__ import annotations
 
-import errno
-import hashlib
-import json
 import os
 import tempfile
 import warnings
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from pizoo import models, processes
+from pizoo import models
+from pizoo.config import CONFIG, build, complete, one_line, read_config, without_memory
 from pizoo.data import Dataset
-from pizoo.memory import HEADROOM, NotEnoughMemory, copied_to_host, free_memory, is_out_of_memory
-from pizoo.models.base import check_state, persistent_tensors
-from pizoo.rows import Rows, check_place
+from pizoo.files import CheckpointError, flush_names, read_tensors, write_json, write_tensors
+from pizoo.memory import HEADROOM, NotEnoughMemory, free_memory, is_out_of_memory
+from pizoo.rows import Rows, check_place, growing_layers
+from pizoo.segments import MANIFEST, Segment, State, read_epoch, read_manifest
 
-FORMAT = 1  # raised when an older pizoo would misread what is written now; every format from 1 on stays readable
 PROBE_INPUTS = 32
-CONFIG, MANIFEST, MODEL, PROBE, RESULTS, CORRECT = (
-    "config.json",
-    "checkpoint.json",
-    "model.safetensors",
-    "probe.safetensors",
-    "results.json",
-    "correct.safetensors",
-)
+MODEL, PROBE, RESULTS, CORRECT = "model.safetensors", "probe.safetensors", "results.json", "correct.safetensors"
 SHIPPED = "shipped"  # in CORRECT: the shipped net, beside those of the seeds
 VERIFIED = (
     "verified"  # in CORRECT: the shipped net where `pizoo verify` takes a smaller problem instead of the recorded one
 )
-LOCK = "train.lock"
 CPU = torch.device("cpu")
-DEEPEST = 1000  # layers
-READ_BYTES = 1 << 26  # of rows at once, from a file into the storage reserved for them
-NETWORKS = {cls.__name__: cls for cls in (models.InfPiMLP, models.FinPiMLP, models.MuMLP)}
-KERNELS = {
-    cls.__name__: cls for cls in (models.NNGPRegressor, models.NTKRegressor, models.NNGPLearner, models.NTKLearner)
-}
-
-
-class CheckpointError(RuntimeError):
-    """A checkpoint that cannot be loaded or saved; the message names the file and what is wrong with it."""
-
-
-class NewerFormatError(CheckpointError):
-    """A checkpoint that a later version of pizoo wrote."""
-
-
-# ---------------------------------------------------------------------------------------------------- files
-
-
-def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
-    """Have ``write`` fill a temporary file beside ``path``, flush it to disk and rename it to ``path``.
-
-    Raises:
-        CheckpointError: the disk is full; what stood at ``path`` before still does.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")  # one name: what a kill leaves behind, the next write replaces
-    try:
-        write(temporary)
-        temporary.chmod(0o644)  # safetensors writes files that only their owner can read
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        _flush_names(path.parent)
-    except (OSError, SafetensorError) as error:
-        # safetensors reports what the system said as text alone.
-        if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error):
-            raise CheckpointError(
-                f"no space left on the disk to write {path}; what was saved before is untouched"
-            ) from error
-        raise
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _flush_names(folder: Path) -> None:
-    """Flush a folder itself to disk: without it a power cut may undo a rename."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def write_json(path: Path, value: Any) -> None:
-    write_atomically(path, lambda temporary: temporary.write_text(json.dumps(value, indent=1) + "\n"))
-
-
-def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> str:
-    """Write tensors as safetensors and return the file's SHA-256."""
-    contiguous = {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
-    write_atomically(path, lambda temporary: save_file(contiguous, temporary))
-    return sha256(path)
-
-
-def read_json(path: Path) -> Any:
-    """Raises CheckpointError if there is no such file or it is not JSON."""
-    try:
-        return json.loads(path.read_text())
-    except (FileNotFoundError, IsADirectoryError):
-        raise CheckpointError(f"{path} does not exist: {path.parent} is not a checkpoint, or lost a file") from None
-    # ValueError: not JSON, not UTF-8, a number of too many digits. RecursionError: lists in lists in lists.
-    except (ValueError, RecursionError) as error:
-        check_file(path)  # a Git LFS pointer in its place is called one
-        raise CheckpointError(f"{path} is not valid JSON ({error}): it is damaged") from None
-
-
-def read_tensors(path: Path, digest: str | None = None, leave: Callable[[str], bool] = lambda name: False):
-    """Read a safetensors file: its tensors by name.
-
-    Args:
-        digest: the SHA-256 it must have; None: not checked.
-        leave: which tensors to leave in the file.
-
-    Raises:
-        CheckpointError: no such file, a Git LFS pointer in its place, another digest, not safetensors.
-    """
-    with opened(check_file(path, digest)) as file:
-        return {name: file.get_tensor(name) for name in file.keys() if not leave(name)}  # noqa: SIM118 (not a dict)
-
-
-def check_file(path: Path, digest: str | None = None) -> Path:
-    """The path; CheckpointError unless the file is there, itself and not a pointer, with this SHA-256 (None: any)."""
-    if not path.is_file():
-        raise CheckpointError(f"{path} is missing; the checkpoint cannot be loaded without it")
-    with open(path, "rb") as file:
-        if file.read(40).startswith(b"version https://git-lfs"):
-            raise CheckpointError(f"{path} is a Git LFS pointer, not the file itself: fetch it with `git lfs pull`")
-    if digest is not None and (found := sha256(path)) != digest:
-        raise CheckpointError(
-            f"{path} has SHA-256 {found[:16]}…, recorded was {digest[:16]}…: it is damaged or another file"
-        )
-    return path
-
-
-@contextmanager
-def opened(path: Path) -> Iterator[Any]:
-    """A safetensors file to read from; CheckpointError if it is none, or lacks what is asked for."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            yield file
-    except SafetensorError as error:
-        raise CheckpointError(
-            f"{path} is not a readable safetensors file ({error}): it is truncated or damaged"
-        ) from None
-
-
-def sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def sha256_of(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()
-
-
-def json_sha256(value: Any) -> str:
-    """SHA-256 of a JSON value, written with sorted keys and no spaces."""
-    return sha256_of(json.dumps(value, sort_keys=True, separators=(",", ":")).encode())
-
-
-# ---------------------------------------------------------------------------------------------------- nets
-
-
-def describe(model: nn.Module) -> dict[str, Any]:
-    """What :func:`build` needs to make a net like ``model``, as plain JSON values; CheckpointError if it has no read-out."""
-    if not model.num_classes:
-        raise CheckpointError("a net without a read-out cannot be saved; reset_classifier gives it one")
-    described = {"class": type(model).__name__, "hparams": model.hparams}
-    if rows := next((module for module in model.modules() if isinstance(module, Rows)), None):
-        described["rows_dtype"] = str(rows.A.dtype).removeprefix("torch.")
-    if (compacted := getattr(model, "compacted", None)) is not None:
-        described["compacted"] = compacted
-    return described
-
-
-def complete(config: Mapping[str, Any], model: nn.Module, files: Mapping[str, str]) -> dict[str, Any]:
-    """``config`` with what builds ``model``, the SHA-256 of ``files``, and the one of what decides the net's function."""
-    found = {**config, "pizoo": {"format": FORMAT, **describe(model), "files": dict(files)}}
-    found["pizoo"]["sha256"] = config_digest(found)
-    return found
-
-
-def config_digest(config: Mapping[str, Any]) -> str:
-    """SHA-256 of what decides a net's function and what it is measured on: hyper-parameters, data and preprocessing.
-
-    All else may be edited: descriptions, class names, published numbers, and where somebody's own data lie.
-    """
-    built = {key: config["pizoo"].get(key) for key in ("class", "hparams", "rows_dtype")}
-    recipe = config.get("recipe")
-    data = recipe.get("data") if isinstance(recipe, dict) else None
-    if isinstance(data, dict):
-        data = {key: value for key, value in data.items() if key != "path"}
-    return json_sha256({**built, "data": data})
-
-
-def build(description: Mapping[str, Any], device=None, dtype: torch.dtype | None = None) -> nn.Module:
-    """A freshly initialised net from :func:`describe`'s description.
-
-    Args:
-        dtype: of parameters and rows; None: float32 parameters, rows as described.
-
-    Raises:
-        CheckpointError: an unknown class, or hyper-parameters it does not take.
-    """
-    name, hparams = description.get("class"), description.get("hparams", {})
-    try:
-        if name in KERNELS:
-            return KERNELS[name](**hparams).to(device)
-        if name not in NETWORKS:
-            known = ", ".join((*NETWORKS, *KERNELS))
-            raise CheckpointError(f"the checkpoint is of a {name!r}; this version of pizoo knows {known}")
-        options: dict[str, Any] = {"device": device, "dtype": dtype}
-        if name == "InfPiMLP" and dtype is None and "rows_dtype" in description:
-            options["rows_dtype"] = getattr(torch, description["rows_dtype"])
-        return NETWORKS[name](**hparams, **options)
-    except (AttributeError, TypeError, ValueError) as error:
-        raise CheckpointError(f"the checkpoint's hyper-parameters do not fit {name}: {_one_line(error)}") from None
 
 
 def packed(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -288,7 +77,7 @@ def save(
         write_json(staged / CONFIG, complete(config, model, digests))
         for name in (MODEL, PROBE, CONFIG):
             os.replace(staged / name, folder / name)
-        _flush_names(folder)
+        flush_names(folder)
 
 
 @torch.no_grad()
@@ -326,39 +115,6 @@ def seed_key(seed: int) -> str:
     return f"seed-{seed}"
 
 
-def read_config(folder: Path) -> dict[str, Any]:
-    """``config.json`` of a checkpoint.
-
-    Raises:
-        NewerFormatError: of a later version of the format.
-        CheckpointError: none there, damaged, or of no version of the format.
-    """
-    config, path = read_json(folder / CONFIG), folder / CONFIG
-    found = config.get("pizoo") if isinstance(config, dict) else None
-    _check_format(path, found, "class", "hparams", "files", "sha256")
-    named = isinstance(found["hparams"], dict) and isinstance(found["files"], dict)
-    if not named or not all(isinstance(digest, str) for digest in found["files"].values()):
-        raise CheckpointError(f"{path}: hparams or files of pizoo are not what they must be: it is damaged")
-    if found["sha256"] != config_digest(config):
-        raise CheckpointError(
-            f"{path}: its class, hparams, rows_dtype or recipe.data are not those it was written with: it is damaged, or "
-            "was changed by hand"
-        )
-    _beside(path, found["files"])
-    return config
-
-
-def _check_format(path: Path, found: Any, *keys: str) -> None:
-    """Raise CheckpointError unless ``found``, read from ``path``, is of this format and has the keys."""
-    version = found.get("format") if isinstance(found, dict) else None
-    if version != FORMAT:
-        newer = isinstance(version, int) and version > FORMAT
-        kind, remedy = (NewerFormatError, ": a later one wrote it") if newer else (CheckpointError, "")
-        raise kind(f"{path} has format {version!r}; this version of pizoo reads format {FORMAT}{remedy}")
-    if missing := [key for key in keys if key not in found]:
-        raise CheckpointError(f"{path} has no {missing[0]!r}: it is damaged")
-
-
 def load(
     folder: Path, epoch: int | None = None, device=None, dtype: torch.dtype | None = None, rows_on: str = "auto"
 ) -> tuple[nn.Module, dict[str, Any]]:
@@ -378,7 +134,7 @@ def load(
     check_place(rows_on, "auto")
     folder = Path(folder)
     config = read_config(folder)
-    expected = _without_memory(config["pizoo"], dtype)
+    expected = without_memory(config["pizoo"], dtype)
     layers = growing_layers(expected)
     if (folder / MANIFEST).exists() and (epoch is not None or not (folder / MODEL).exists()):
         manifest = read_manifest(folder)
@@ -404,106 +160,10 @@ def load(
     except (RuntimeError, ValueError) as error:
         if is_out_of_memory(error) or isinstance(error, CheckpointError | NotEnoughMemory):
             raise
-        raise CheckpointError(f"{folder} does not hold what its {CONFIG} says: {_one_line(error)}") from None
+        raise CheckpointError(f"{folder} does not hold what its {CONFIG} says: {one_line(error)}") from None
     if "compacted" in config["pizoo"]:
         model.compacted = config["pizoo"]["compacted"]
     return model.eval(), config
-
-
-def _without_memory(description: Mapping[str, Any], dtype: torch.dtype | None) -> nn.Module:
-    """A net as described that has shapes and no numbers: whatever sizes a file asks for, none is allocated before the files
-    with the numbers are seen to have it.
-    """
-    for name in ("hidden_layers", "depth"):
-        layers = description["hparams"].get(name, 1)
-        if isinstance(layers, int) and layers > DEEPEST:
-            raise CheckpointError(f"the checkpoint's {name} is {layers}; at most {DEEPEST} are loaded")
-    shapes = {key: value for key, value in description.items() if key != "rows_dtype"}
-    try:
-        return build(shapes, "meta", dtype)
-    except CheckpointError:
-        raise
-    except (RuntimeError, OverflowError) as error:
-        raise CheckpointError(f"the checkpoint's hyper-parameters are of no net: {_one_line(error)}") from None
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
-
-
-class Segment(NamedTuple):
-    """A file with rows; ``rows``: name of a growing layer -> the numbers of the rows of that layer in it, in their order."""
-
-    path: Path
-    rows: dict[str, range]
-
-
-class State(NamedTuple):
-    """A net's state as it lies in files. Rows, where nearly all of it is, are read when they are put into a net.
-
-    Attributes:
-        tensors: all of ``state_dict`` but growing layers' ``A``, ``B`` and ``amult``.
-        stored: name of a growing layer -> (amult as stored, decay).
-        segments: files that hold ``A`` and ``B`` of rows.
-    """
-
-    tensors: dict[str, Tensor]
-    stored: dict[str, tuple[Tensor, float]]
-    segments: list[Segment]
-
-    def check(self, model: nn.Module) -> None:
-        """Raise RuntimeError unless it is the state of a net like ``model``: names, shapes, floating-point numbers."""
-        amults = {f"{name}.amult": amult for name, (amult, _) in self.stored.items()}
-        if isinstance(model, tuple(NETWORKS.values())):  # how much a kernel holds depends on what it was fitted to
-            check_state(model, self.tensors | amults | self._row_shapes())
-        for name, tensor in (self.tensors | amults).items():
-            if not tensor.is_floating_point():
-                raise RuntimeError(f"{name} has dtype {tensor.dtype}; it must be a floating-point one")
-
-    @torch.no_grad()
-    def fill(self, model: nn.Module) -> None:
-        """Put it into ``model``, to the bit. Rows go straight into the layers' storage: room reserved there is kept.
-
-        Raises:
-            RuntimeError: a state of another net; the model is left as it was.
-            CheckpointError: a segment that cannot be read.
-        """
-        if not self.stored:
-            model.load_state_dict(self.tensors)
-            return
-        self.check(model)
-        model.load_state_dict(self.tensors, strict=False)
-        layers = growing_layers(model)
-        for name, layer in layers.items():
-            layer.reserve(len(self.stored[name][0]))
-        for path, rows in self.segments:
-            with opened(path) as file:
-                for name in layers.keys() & rows.keys():
-                    _read_rows(file, name, layers[name], self.stored[name][0], rows[name])
-        for name, layer in layers.items():
-            amult, decay = self.stored[name]
-            layer.grown(len(amult), decay)
-
-    def _row_shapes(self) -> dict[str, Tensor]:
-        """``A`` and ``B`` of all layers, their segments joined, without their values."""
-        parts: dict[str, list[Tensor]] = {}
-        for path, _ in self.segments:
-            with opened(path) as file:
-                for layer in self.stored:
-                    for name in {f"{layer}.A", f"{layer}.B"}.intersection(file.keys()):
-                        parts.setdefault(name, []).append(torch.empty(file.get_slice(name).get_shape(), device="meta"))
-        return {name: torch.cat(shapes) for name, shapes in parts.items()}
-
-
-def _read_rows(file: Any, name: str, layer: Rows, amult: Tensor, numbers: range) -> None:
-    """Read a segment's rows of a layer into its storage; ``amult`` [M] is that of all rows."""
-    A, B = (file.get_slice(f"{name}.{part}") for part in ("A", "B"))
-    row_bytes = sum(storage.shape[1] * storage.element_size() for storage in layer.storages[:2])
-    at_once = max(1, READ_BYTES // row_bytes)
-    for start in range(0, len(numbers), at_once):
-        part = numbers[start : start + at_once]
-        stop = start + len(part)
-        layer.put(part.start, A[start:stop], B[start:stop], amult[part.start : part.stop : part.step], part.step)
 
 
 def _read_shipped(path: Path, digest: str | None, layers: Mapping[str, Rows]) -> State:
@@ -541,305 +201,3 @@ def _roomy_place(layers: Mapping[str, Rows], state: State, name: str) -> str:
         stacklevel=4,
     )
     return "host"
-
-
-# ---------------------------------------------------------------------------------------------------- training
-
-
-class Epoch:
-    """One epoch of a training checkpoint, read back.
-
-    Attributes:
-        record: its entry in the manifest (epoch, step, metrics, ...).
-        state: of its net: ``state.fill(model)`` makes ``model`` that net, bit for bit.
-        optimizer: tensors of the optimizer, by name.
-    """
-
-    def __init__(self, record: dict[str, Any], tensors: dict[str, Tensor], segments: list[Segment]):
-        self.record = record
-        parts = {"model": {}, "amult": {}, "decay": {}, "optimizer": {}}
-        for name, tensor in tensors.items():
-            kind, _, rest = name.partition("/")
-            parts[kind][rest] = tensor
-        self.optimizer: dict[str, Tensor] = parts["optimizer"]
-        stored = {layer: (amult, parts["decay"][layer].item()) for layer, amult in parts["amult"].items()}
-        self.state = State(parts["model"], stored, segments)
-
-
-@contextmanager
-def training_lock(folder: Path | None) -> Iterator[None]:
-    """Keep a training folder (None: nothing) to this process; the lock ends with the process, however that ends.
-
-    Raises:
-        CheckpointError: another process trains in this folder.
-    """
-    if folder is None:
-        yield
-        return
-    import fcntl  # not on Windows, where loading works
-
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / LOCK, "a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise CheckpointError(
-                f"{folder} is in use: another process trains there; wait for it, or choose another folder"
-            ) from None
-        yield
-
-
-def growing_layers(model: nn.Module) -> dict[str, Rows]:
-    return {name: module for name, module in model.named_modules() if isinstance(module, Rows)}
-
-
-def start_training(folder: Path, model: nn.Module, config: Mapping[str, Any]) -> None:
-    """Begin a training checkpoint in an empty folder: config, first segment, manifest."""
-    manifest = _begin(folder, model, config)
-    _write_segment(folder, *_new_rows(model, manifest), manifest)
-    if processes.index() == 0:
-        _write_manifest(folder, manifest)
-    processes.gathered(None, writing=True)  # nobody looks for the manifest before it is there
-
-
-def _begin(folder: Path, model: nn.Module, config: Mapping[str, Any]) -> dict[str, Any]:
-    """Write ``config.json``; returns the manifest that goes with it, with nothing in it yet."""
-    completed = complete(config, model, {})
-    if processes.index() == 0:
-        write_json(folder / CONFIG, completed)
-    return {"format": FORMAT, "config": completed["pizoo"]["sha256"], "epochs": [], "segments": []}
-
-
-def save_epoch(
-    folder: Path,
-    model: nn.Module,
-    record: Mapping[str, Any],
-    optimizer: Mapping[str, Tensor],
-    keep: Collection[int] | None = None,
-    chosen: int | None = None,
-    submit: Callable[[Callable[[], None]], None] = lambda work: work(),
-) -> None:
-    """Add an epoch: a segment with the rows appended since the last, a state file, then the manifest that names them.
-
-    Of processes that train together each calls it, and writes a segment with its own rows; process 0 writes the rest.
-
-    Args:
-        record: JSON values to keep with it; ``record["epoch"]`` numbers it.
-        optimizer: tensors of the optimizer, by name.
-        keep: earlier epochs to keep loadable; None: all. Of others the files are removed and the records kept (finite nets,
-            whose state is the whole net).
-        chosen: the epoch that :func:`load` is to give when not told which; None: the last.
-        submit: takes the writing, which may be done while the net trains on, but before the next epoch is saved.
-    """
-    manifest = read_manifest(folder)
-    new_rows, ranges = _new_rows(model, manifest)
-    layers = growing_layers(model)
-    rows = {f"{name}.{part}" for name in layers for part in ("A", "B", "amult")}
-    tensors = {f"model/{name}": tensor for name, tensor in persistent_tensors(model) if name not in rows}
-    tensors |= {f"amult/{name}": layer.gathered(layer.stored_amult) for name, layer in layers.items()}
-    tensors |= {f"decay/{name}": torch.tensor(layer.decay, dtype=torch.float64) for name, layer in layers.items()}
-    tensors |= {f"optimizer/{name}": tensor for name, tensor in optimizer.items()}
-    tensors = {name: copied_to_host(tensor) for name, tensor in tensors.items()}
-
-    def write() -> None:
-        _write_segment(folder, new_rows, ranges, manifest)
-        if processes.index() == 0:
-            write_rest()
-        processes.gathered(None, writing=True)  # the next epoch begins with reading the manifest
-
-    def write_rest() -> None:
-        if keep is not None:
-            manifest["epochs"] = [old if old["epoch"] in keep else {**old, "state": None} for old in manifest["epochs"]]
-        _write_state(folder, record, tensors, manifest)
-        if chosen is not None:
-            manifest["chosen"] = chosen
-        _write_manifest(folder, manifest)
-        if keep is not None:
-            held = {record["state"]["file"] for record in manifest["epochs"] if record["state"]}
-            for file in folder.glob("state-*.safetensors"):
-                if file.name not in held:
-                    file.unlink()
-
-    submit(write)
-
-
-def save_in_parts(
-    folder: Path,
-    model: nn.Module,
-    config: Mapping[str, Any],
-    rows: Iterable[tuple[str, Tensor, Tensor]],
-    amults: Mapping[str, Tensor],
-    tensors: Mapping[str, Tensor],
-) -> None:
-    """Write a growing net that need not fit memory, in the form of a training's only epoch, number 0.
-
-    Args:
-        model: a net with its hyper-parameters and dtypes, whatever its rows.
-        rows: a layer's name with the next of its rows, ``A`` [k, r_out] and ``B`` [k, r]: each becomes a segment.
-        amults: name of a growing layer -> amult of all its rows [M].
-        tensors: the rest of its ``state_dict``.
-    """
-    manifest = _begin(folder, model, config)
-    held = dict.fromkeys(amults, 0)
-    for name, A, B in rows:
-        first, held[name] = held[name], held[name] + len(A)
-        _write_segment(folder, {f"{name}.A": A, f"{name}.B": B}, {name: [first, held[name]]}, manifest)
-    state = {f"model/{name}": tensor for name, tensor in tensors.items()}
-    state |= {f"amult/{name}": amult for name, amult in amults.items()}
-    state |= {f"decay/{name}": torch.ones((), dtype=torch.float64) for name in amults}
-    _write_state(folder, {"epoch": 0}, state, manifest)
-    _write_manifest(folder, manifest)
-
-
-def _write_state(
-    folder: Path, record: Mapping[str, Any], tensors: Mapping[str, Tensor], manifest: dict[str, Any]
-) -> None:
-    """Write the state file of an epoch, made of all segments so far, and enter it into the manifest."""
-    file = f"state-{record['epoch']:05d}.safetensors"
-    state = {"file": file, "sha256": write_tensors(folder / file, tensors)}
-    manifest["epochs"].append({**record, "state": state, "segments": len(manifest["segments"])})
-
-
-def read_manifest(folder: Path) -> dict[str, Any]:
-    manifest = read_json(folder / MANIFEST)
-    _check_format(folder / MANIFEST, manifest, "epochs", "segments", "sha256")
-    if manifest.pop("sha256") != json_sha256(manifest):
-        raise CheckpointError(f"{folder / MANIFEST} is not as it was written: it is damaged, or was changed by hand")
-    return manifest
-
-
-def _write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
-    write_json(folder / MANIFEST, {**manifest, "sha256": json_sha256(manifest)})
-
-
-def read_epoch(folder: Path, epoch: int | None = None) -> Epoch:
-    """Read an epoch back, checking every file it is made of; None: the last.
-
-    Raises:
-        CheckpointError: no such epoch; anything missing or damaged.
-    """
-    record, entries = _recorded(folder, read_manifest(folder), epoch)
-    try:
-        segments = [
-            Segment(
-                check_file(folder / entry["file"], entry["sha256"]),
-                {name: range(*numbers) for name, numbers in entry["rows"].items()},
-            )
-            for entry in entries
-        ]
-        _check_order(segments)
-        return Epoch(record, read_tensors(folder / record["state"]["file"], record["state"]["sha256"]), segments)
-    except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{folder / MANIFEST} or a state lacks something ({error!r}): it is damaged") from None
-
-
-def epoch_files(folder: Path, epoch: int | None = None) -> dict[str, str]:
-    """Names and SHA-256 of the files that :func:`load` takes for an epoch; None: the one its training chose, else the last.
-
-    Raises:
-        CheckpointError: no such epoch; a damaged manifest, or one that names files of other folders.
-    """
-    manifest = read_manifest(folder)
-    record, entries = _recorded(folder, manifest, manifest.get("chosen") if epoch is None else epoch)
-    return _named(folder, [*entries, record["state"]])
-
-
-def training_files(folder: Path) -> dict[str, str]:
-    """Names and SHA-256 of the files of every epoch that a training checkpoint keeps; raises as :func:`epoch_files`."""
-    manifest = read_manifest(folder)
-    _recorded(folder, manifest)
-    return _named(
-        folder, [*manifest["segments"], *(record["state"] for record in manifest["epochs"] if record["state"])]
-    )
-
-
-def _named(folder: Path, entries: list[dict[str, Any]]) -> dict[str, str]:
-    try:
-        return _beside(folder / MANIFEST, {entry["file"]: entry["sha256"] for entry in entries})
-    except (KeyError, TypeError) as error:
-        raise CheckpointError(f"{folder / MANIFEST} lacks something ({error!r}): it is damaged") from None
-
-
-def _beside(path: Path, files: Any) -> dict[str, str]:
-    """The names of files and their SHA-256 that ``path`` holds; CheckpointError unless they are those of files beside it."""
-    if not isinstance(files, dict):
-        raise CheckpointError(f"{path} does not name its files with their SHA-256: it is damaged")
-    for name in files:
-        if not isinstance(name, str) or Path(name).name != name:
-            raise CheckpointError(f"{path} names {name!r}, which is no file beside it")
-    return files
-
-
-def _recorded(folder: Path, manifest: Mapping[str, Any], epoch: int | None = None) -> tuple[dict[str, Any], list[dict]]:
-    """The manifest's record of an epoch (None: the last), and of the segments it is made of."""
-    try:
-        records = {record["epoch"]: record for record in manifest["epochs"] if record["state"]}
-        if not records:
-            raise CheckpointError(f"{folder} holds no finished epoch yet")
-        first, last = min(records), max(records)
-        wanted = last if epoch is None else epoch
-        if wanted not in records:
-            held = f"epochs {first} to {last}" if last > first else f"epoch {last} alone"
-            raise CheckpointError(f"{folder} holds {held}; epoch={epoch} is not there")
-        return records[wanted], manifest["segments"][: records[wanted]["segments"]]
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{folder / MANIFEST} lacks something ({error!r}): it is damaged") from None
-
-
-def _check_order(segments: list[Segment]) -> None:
-    """Raise CheckpointError unless segments together hold every row once, as they were written: multipliers are kept apart.
-
-    Those that several processes wrote of the same rows stand beside each other.
-    """
-    parts: dict[str, list[tuple[Path, range]]] = {}
-    for path, rows in segments:
-        with opened(path) as file:
-            if {tensor.rpartition(".")[0] for tensor in file.keys()} != set(rows):  # noqa: SIM118 (not a dict)
-                raise CheckpointError(f"{path} does not hold rows of {', '.join(rows)}: it is another segment")
-            for name, numbers in rows.items():
-                if len(numbers) != file.get_slice(f"{name}.A").get_shape()[0]:
-                    raise _another_segment(path, name, numbers)
-                parts.setdefault(name, []).append((path, numbers))
-    for name, found in parts.items():
-        held = torch.zeros(sum(len(numbers) for _, numbers in found), dtype=torch.bool)
-        begin = end = 0  # of the rows that processes which wrote together have written
-        for path, numbers in found:
-            if numbers.stop != end:
-                begin, end = end, numbers.stop
-            if not begin <= numbers.start < numbers.stop <= len(held) or held[numbers.start : end : numbers.step].any():
-                raise _another_segment(path, name, numbers)
-            held[numbers.start : end : numbers.step] = True
-
-
-def _another_segment(path: Path, name: str, numbers: range) -> CheckpointError:
-    every = f"one in {numbers.step} of " if numbers.step > 1 else ""
-    told = f"{path} does not hold {every}the rows from {numbers.start} to {numbers.stop} of {name}"
-    return CheckpointError(f"{told}, or not after those before it: it is another segment")
-
-
-def _new_rows(model: nn.Module, manifest: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, list[int]]]:
-    """The rows held here that no segment holds yet, in host memory, and their numbers in each layer: first, end and, of
-    shares, step. Stored rows never change."""
-    tensors, ranges = {}, {}
-    for name, layer in growing_layers(model).items():
-        held = max((s["rows"][name][1] for s in manifest["segments"] if name in s["rows"]), default=0)
-        numbers = range(held + layer.share.first(held), layer.count, layer.share.of)
-        if not numbers or (not layer.shared and processes.index()):  # process 0 writes what all of them hold
-            continue
-        here = layer.share.count(held)
-        new = {"A": layer.A[here:].detach(), "B": layer.B[here:].detach()}
-        tensors |= {f"{name}.{part}": copied_to_host(rows) if rows.is_cuda else rows for part, rows in new.items()}
-        ranges[name] = [numbers.start, numbers.stop] + ([numbers.step] if layer.shared else [])
-    return tensors, ranges
-
-
-def _write_segment(
-    folder: Path, tensors: Mapping[str, Tensor], ranges: Mapping[str, list[int]], manifest: dict[str, Any]
-) -> None:
-    """Write new rows, if there are any, and enter them, with those that other processes have written, into the manifest."""
-    entry = None
-    if tensors:
-        own = f"-{processes.index()}of{processes.count()}" if processes.count() > 1 else ""
-        file = f"rows-{len(manifest['segments']):05d}{own}.safetensors"
-        entry = {"file": file, "sha256": write_tensors(folder / file, tensors), "rows": ranges}
-    manifest["segments"] += [entry for entry in processes.gathered(entry, writing=True) if entry is not None]

@@ -76,11 +76,12 @@ def _in_processes(context: typer.Context) -> None:
 def list_command(pattern: Annotated[str, typer.Argument(help="Glob pattern.")] = "*") -> None:
     """List the zoo's entries, what they score and whether their weights are here."""
     from pizoo import checkpoint, zoo
+    from pizoo.files import read_json
 
     rows = []
     for entry in _entries([pattern]):
         config, results = zoo.config(entry), zoo.card(entry) / checkpoint.RESULTS
-        recorded = checkpoint.read_json(results) if results.exists() else {}
+        recorded = read_json(results) if results.exists() else {}
         split = f" ({recorded['split']})" if "split" in recorded else ""
         timm_name = f"{config['architecture']}.{config['pretrained_cfg']['tag']}" if config["architecture"] else "–"
         published = config["recipe"]["published"]
@@ -393,8 +394,8 @@ def verify(
 
     Exit code: 0 all verified, 1 a mismatch, 2 wrong usage, 3 some could not be run.
     """
-    from pizoo import checkpoint
     from pizoo.evaluation.verify import verify as run
+    from pizoo.files import write_json
 
     reports, rows = [], []
     for entry in _entries(entries):
@@ -432,7 +433,7 @@ def verify(
         if report.reason:
             out.print(f"{report.entry}: {report.reason}", markup=False, soft_wrap=True)
     if json_file is not None:
-        checkpoint.write_json(json_file, [report.to_dict() for report in reports])
+        write_json(json_file, [report.to_dict() for report in reports])
     statuses = {report.status for report in reports}
     if "mismatch" in statuses or (strict and any(report.reproduction == "below" for report in reports)):
         raise typer.Exit(EXIT_MISMATCH)

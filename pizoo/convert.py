@@ -28,14 +28,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from pizoo import checkpoint, zoo
-from pizoo.checkpoint import CheckpointError
+from pizoo import checkpoint, segments, zoo
+from pizoo.config import NETWORKS, build, read_config
 from pizoo.data import DataNotFoundError
 from pizoo.evaluation.entries import evaluate
+from pizoo.files import CheckpointError, read_json
 from pizoo.memory import NotEnoughMemory
 from pizoo.models import InfPiMLP, MuMLP
 from pizoo.models.base import check_state
 from pizoo.pickles import Inert, StoredTensor, read_pickled
+from pizoo.rows import growing_layers
 
 SEGMENT_BYTES = 1 << 27  # of A and B: what is in memory at once
 PROBE_INPUTS = 32
@@ -107,8 +109,8 @@ def convert(file: str | os.PathLike, entry: str | os.PathLike, folder: str | os.
     file, folder = Path(file), Path(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise FileExistsError(f"{folder} is there already; give a folder to be made")
-    config = checkpoint.read_config(zoo.folder_of(entry))
-    if config["pizoo"]["class"] not in checkpoint.NETWORKS:
+    config = read_config(zoo.folder_of(entry))
+    if config["pizoo"]["class"] not in NETWORKS:
         raise CheckpointError(f"{entry} is a kernel, which has no network to convert")
     foreign = understand(read_pickled(file, _knows), file)
     model, tensors = _matched(foreign, config["pizoo"], file, entry)
@@ -131,8 +133,8 @@ def compare(
     device: torch.device | str | None = None,
 ) -> Comparison:
     """Measure a converted net where its data are, beside what its entry records (mean over seeds) and the paper published."""
-    config, results = checkpoint.read_config(Path(folder)), zoo.folder_of(entry) / checkpoint.RESULTS
-    recorded = checkpoint.read_json(results) if results.exists() else {}
+    config, results = read_config(Path(folder)), zoo.folder_of(entry) / checkpoint.RESULTS
+    recorded = read_json(results) if results.exists() else {}
     published = (zoo.recipe_of(config, entry).get("published") or {}).get("accuracy")
     measured, reason = None, ""
     try:
@@ -377,7 +379,7 @@ def _matched(
         if len(dtypes) != 1 or not dtypes <= {"float16", "bfloat16", "float32", "float64"}:
             raise CheckpointError(f"{file} has rows of dtypes {sorted(dtypes)}; one floating-point dtype was wanted")
         description["rows_dtype"] = dtypes.pop()
-    model = checkpoint.build(description)
+    model = build(description)
     if isinstance(model, MuMLP):  # those of the first code base carry the Ω they were sampled with before
         tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith("omega.")}
     if not infinite:  # its code keeps biases that an alpha of 0 multiplies
@@ -406,7 +408,7 @@ def _write_infinite(
     folder: Path, model: InfPiMLP, config: Mapping[str, Any], tensors: Mapping[str, StoredTensor]
 ) -> dict[str, int]:
     amults = {}
-    for name in checkpoint.growing_layers(model):
+    for name in growing_layers(model):
         amult = tensors[f"{name}.amult"].read()
         amults[name] = amult.to(torch.promote_types(amult.dtype, torch.float32))
         _check_finite(tensors[f"{name}.amult"], amult, name, "amult")
@@ -415,7 +417,7 @@ def _write_infinite(
     }
     for name, tensor in rest.items():
         _check_finite(tensors[name], tensor, *name.rsplit(".", 1))
-    checkpoint.save_in_parts(folder, model, config, _rows(tensors, amults), amults, rest)
+    segments.save_in_parts(folder, model, config, _rows(tensors, amults), amults, rest)
     return {name: len(amult) for name, amult in amults.items()}
 
 

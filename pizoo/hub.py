@@ -25,8 +25,9 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from pizoo import checkpoint
-from pizoo.checkpoint import CheckpointError, NewerFormatError
+from pizoo import checkpoint, segments
+from pizoo.config import CONFIG, NewerFormatError, read_config
+from pizoo.files import CheckpointError, check_file, read_json
 
 PREFIX = "hf-hub:"  # timm's word
 NAMESPACE = "PIZOO_HUB"  # environment variable: whose repositories hold the zoo's entries
@@ -113,26 +114,26 @@ def fetch(
         TypeError: other options.
     """
     check_options(options)
-    folder = _download(address, checkpoint.CONFIG, **options).parent
+    folder = _download(address, CONFIG, **options).parent
     # Whatever is pushed meanwhile, the files of one fetch are of one commit, and cached ones need no connection.
     pinned = address._replace(revision=_commit(folder, address))
-    with _discarding(folder / checkpoint.CONFIG):
-        files = checkpoint.read_config(folder)["pizoo"]["files"]
+    with _discarding(folder / CONFIG):
+        files = read_config(folder)["pizoo"]["files"]
     if epoch is not None and checkpoint.MODEL in files and not address.folder:
         return fetch(pinned._replace(folder=FULL), weights, epoch, records, **options)
     if not weights:
         return folder
     if checkpoint.MODEL not in files:
-        manifest = _download(pinned, checkpoint.MANIFEST, **options)
+        manifest = _download(pinned, segments.MANIFEST, **options)
         with _discarding(manifest):
-            checkpoint.read_manifest(folder)
-        files = checkpoint.epoch_files(folder, epoch)
+            segments.read_manifest(folder)
+        files = segments.epoch_files(folder, epoch)
     if records:
         files = files | _records(pinned, **options)
     for name, digest in files.items():
         path = _download(pinned, name, **options)
         with _discarding(path):
-            checkpoint.check_file(path, digest)
+            check_file(path, digest)
     return folder
 
 
@@ -151,7 +152,7 @@ def _records(address: Address, **options: Any) -> dict[str, str]:
     except MissingFileError:
         return {}
     with _discarding(path):
-        digest = checkpoint.read_json(path).get("correct_sha256")
+        digest = read_json(path).get("correct_sha256")
     return {checkpoint.CORRECT: digest} if digest else {}
 
 

@@ -9,7 +9,8 @@ from typing import Any
 
 from pizoo import checkpoint
 from pizoo.cards import DATASETS, duration, mean_and_error, words
-from pizoo.checkpoint import CheckpointError, write_atomically
+from pizoo.config import CONFIG, read_config
+from pizoo.files import CheckpointError, read_json, write_atomically
 
 BEGIN = "<!-- entries: written by `pizoo overview` -->"
 END = "<!-- end of entries -->"
@@ -60,14 +61,14 @@ def with_table(text: str, cards: Path, links: str) -> str:
 def table(cards: Path, links: str = "") -> str:
     """All entries as a table of Markdown."""
     rows = [COLUMNS, ("---",) * len(COLUMNS)]
-    rows += [tuple(_cells(config.parent, links)) for config in sorted(cards.glob(f"*/{checkpoint.CONFIG}"))]
+    rows += [tuple(_cells(config.parent, links)) for config in sorted(cards.glob(f"*/{CONFIG}"))]
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
 def _cells(card: Path, links: str) -> Iterator[str]:
-    config = checkpoint.read_config(card)
+    config = read_config(card)
     recipe, path = config["recipe"], card / checkpoint.RESULTS
-    results = checkpoint.read_json(path) if path.exists() else {}
+    results = read_json(path) if path.exists() else {}
     yield f"[`{card.name}`]({links}{card.name}/{PAGE})"
     yield f"`{config['architecture']}.{config['pretrained_cfg']['tag']}`" if config["architecture"] else "–"
     yield _data(recipe)

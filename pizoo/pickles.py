@@ -25,7 +25,7 @@ from typing import Any, BinaryIO, NamedTuple
 import torch
 from torch import Tensor
 
-from pizoo.checkpoint import CheckpointError, check_file
+from pizoo.files import CheckpointError, check_file
 
 # A pickled net is a few kB, its numbers lie apart; the machine's memory is at most some hundred times its program.
 LARGEST_PICKLE = 1 << 20

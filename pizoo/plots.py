@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from pizoo import checkpoint
+from pizoo.files import write_atomically
 
 log = logging.getLogger("pizoo")
 
@@ -103,5 +103,5 @@ def _drawn(path: Path, draw: Callable[[Any, Any], None]) -> bool:
         each.spines[["top", "right"]].set_visible(False)
     # Without the version of what drew it, the same curves are the same file.
     options = {"dpi": 110, "format": "png", "metadata": {"Software": None}}
-    checkpoint.write_atomically(path, lambda temporary: figure.savefig(temporary, **options))
+    write_atomically(path, lambda temporary: figure.savefig(temporary, **options))
     return True

@@ -567,6 +567,11 @@ class Rows(nn.Module):
         self.set_rows(self.A.data, self.B.data, amult, self.decay)
 
 
+def growing_layers(model: nn.Module) -> dict[str, Rows]:
+    """The modules of a net that hold rows, by their names in it."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, Rows)}
+
+
 def rows_norm(A: Tensor, B: Tensor) -> Tensor:
     """Norm of rows in function space, ``|Δ|² = Σ_ij (a_i . a_j) K(b_i, b_j)`` with K the zero-mean ReLU kernel; 0-d."""
     return rows_norm_of_grams(A @ A.T, B @ B.T)

@@ -16,10 +16,13 @@ from huggingface_hub import CommitOperationAdd, HfApi
 from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 from huggingface_hub.utils.sha import git_hash
 
-from pizoo import __version__, checkpoint, hub, zoo
-from pizoo.checkpoint import CONFIG, CORRECT, MANIFEST, MODEL, RESULTS, CheckpointError
+from pizoo import __version__, hub, segments, zoo
+from pizoo.checkpoint import CORRECT, MODEL, RESULTS
+from pizoo.config import CONFIG, read_config
+from pizoo.files import CheckpointError, check_file, read_json, sha256, sha256_of
 from pizoo.hub import FULL, Address, HubError, explained
 from pizoo.plots import CURVES, SIZES
+from pizoo.segments import MANIFEST
 from pizoo.zoo import TUNED
 
 log = logging.getLogger("pizoo")
@@ -149,39 +152,39 @@ def _contents(folder: Path, address: Address, full: str | os.PathLike | None) ->
 
 def _kind(folder: Path) -> tuple[str, str | None]:
     """Class of a checkpoint's net, and the data it is of."""
-    config = checkpoint.read_config(folder)
+    config = read_config(folder)
     return config["pizoo"]["class"], config.get("recipe", {}).get("data", {}).get("name")
 
 
 def _files(folder: Path, prefix: str) -> list[Upload]:
     """A checkpoint's files: those it names, which must be what it recorded, and what stands beside them to be read."""
-    named = dict(checkpoint.read_config(folder)["pizoo"]["files"])
-    training = checkpoint.training_files(folder) if (folder / MANIFEST).exists() else {}
+    named = dict(read_config(folder)["pizoo"]["files"])
+    training = segments.training_files(folder) if (folder / MANIFEST).exists() else {}
     if MODEL not in named and not training:
         raise CheckpointError(
             f"{folder} has no weights to publish: neither {MODEL} nor {MANIFEST}; train it, and publish the training's folder"
         )
     named |= training
     if (folder / RESULTS).exists() and (folder / CORRECT).exists():
-        named[CORRECT] = checkpoint.read_json(folder / RESULTS).get("correct_sha256")
+        named[CORRECT] = read_json(folder / RESULTS).get("correct_sha256")
     for name, digest in named.items():
-        checkpoint.check_file(folder / name, digest)
+        check_file(folder / name, digest)
     beside = [name for name in (CONFIG, *([MANIFEST] if training else []), *SHOWN) if (folder / name).is_file()]
     return [
-        _upload(f"{prefix}{name}", checkpoint.check_file(folder / name), named.get(name))
+        _upload(f"{prefix}{name}", check_file(folder / name), named.get(name))
         for name in dict.fromkeys((*beside, *named))
     ]
 
 
 def _upload(path: str, source: Path | bytes, digest: str | None = None) -> Upload:
     if isinstance(source, bytes):
-        return Upload(path, source, len(source), checkpoint.sha256_of(source))
-    return Upload(path, source, source.stat().st_size, digest or checkpoint.sha256(source))
+        return Upload(path, source, len(source), sha256_of(source))
+    return Upload(path, source, source.stat().st_size, digest or sha256(source))
 
 
 def _card(folder: Path, address: Address) -> bytes:
     """A card for a checkpoint that has none."""
-    found = checkpoint.read_config(folder)
+    found = read_config(folder)
     about = found.get("recipe", {}).get("description") or f"A `{found['pizoo']['class']}`"
     name = address.repo_id.partition("/")[2]
     return str(hub.plain_card(name, about, f"{hub.PREFIX}{address.repo_id}")).encode()

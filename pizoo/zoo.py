@@ -21,8 +21,9 @@ from timm.models import generate_default_cfgs, register_model
 from torch import nn
 
 from pizoo import checkpoint, hub
-from pizoo.checkpoint import CheckpointError
+from pizoo.config import CONFIG, build, read_config
 from pizoo.data import ASSETS, IMAGENET32, Normalize, dataset_path, load_dataset
+from pizoo.files import CheckpointError
 from pizoo.models import InfPiMLP, KernelLearner, KernelRegressor, PiNet
 from pizoo.rows import check_place
 
@@ -49,7 +50,7 @@ def cards_dir() -> Path:
 
 def list_entries(pattern: str = "*") -> list[str]:
     """Names of the zoo's entries that match a glob pattern, sorted; with a slash in it, of their tuned ones: ``*/tuned``."""
-    folders = (config.parent for config in cards_dir().glob(f"*/{TUNED if '/' in pattern else ''}/{checkpoint.CONFIG}"))
+    folders = (config.parent for config in cards_dir().glob(f"*/{TUNED if '/' in pattern else ''}/{CONFIG}"))
     names = sorted(folder.relative_to(cards_dir()).as_posix() for folder in folders)
     return [name for name in names if fnmatchcase(name, pattern)]
 
@@ -136,7 +137,7 @@ def _entry_of(folder: Path) -> str:
 
 def config(entry: str) -> dict[str, Any]:
     """The ``config.json`` of an entry's card: what builds the net, its preprocessing, its recipe."""
-    return checkpoint.read_config(card(entry))
+    return read_config(card(entry))
 
 
 def has_weights(entry: str) -> bool:
@@ -147,7 +148,7 @@ def has_weights(entry: str) -> bool:
 def check_weights(folder: Path) -> None:
     """Raise WeightsNotFoundError for the folder of a card without weights."""
     if folder.parent == cards_dir() and not (folder / checkpoint.MODEL).is_file():
-        if checkpoint.read_config(folder)["recipe"]["data"]["name"] == IMAGENET32:
+        if read_config(folder)["recipe"]["data"]["name"] == IMAGENET32:
             raise WeightsNotFoundError(_none_exist(folder.name))
         raise WeightsNotFoundError(
             f"the weights of {folder.name!r} are not in {folder}; train them with `pizoo train {folder.name}`, then load "
@@ -210,8 +211,8 @@ def load(
     """
     folder = locate(entry, revision, pretrained, epoch, **fetching)
     if not pretrained:
-        found = checkpoint.read_config(folder)
-        model = checkpoint.build(found["pizoo"], device, dtype).eval()
+        found = read_config(folder)
+        model = build(found["pizoo"], device, dtype).eval()
         check_place(rows_on, "auto")
         if isinstance(model, InfPiMLP) and rows_on != "auto":
             model.keep_rows_on(rows_on)

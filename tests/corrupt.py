@@ -22,9 +22,11 @@ from safetensors.torch import load_file
 
 import pizoo
 from pizoo import checkpoint, zoo
-from pizoo.checkpoint import CheckpointError, config_digest, json_sha256
+from pizoo.config import config_digest
 from pizoo.evaluation.verify import PROBE_TOLERANCE, verify
+from pizoo.files import CheckpointError, json_sha256, write_json, write_tensors
 from pizoo.recipes import load_recipe
+from pizoo.segments import read_manifest
 
 Files = dict[str, bytes]
 CARDS = ("digits_infpi", "digits_finpi", "digits_mu", "digits_nngp")
@@ -96,7 +98,7 @@ def subjects(folder: Path) -> list[Subject]:
 
 def split(folder: Path, of: int = 2) -> None:
     """Make the checkpoint of a training what ``of`` processes would have written."""
-    manifest, segments = checkpoint.read_manifest(folder), []
+    manifest, segments = read_manifest(folder), []
     for entry in manifest["segments"]:
         tensors = load_file(folder / entry["file"])
         (folder / entry["file"]).unlink()
@@ -105,10 +107,10 @@ def split(folder: Path, of: int = 2) -> None:
             own = {key: part[first[key.rpartition(".")[0]] :: of] for key, part in tensors.items()}
             rows = {name: [start + first[name], stop, of] for name, (start, stop) in entry["rows"].items()}
             file = entry["file"].replace(".safetensors", f"-{k}of{of}.safetensors")
-            segments.append({"file": file, "sha256": checkpoint.write_tensors(folder / file, own), "rows": rows})
+            segments.append({"file": file, "sha256": write_tensors(folder / file, own), "rows": rows})
     epochs = [{**record, "segments": of * record["segments"]} for record in manifest["epochs"]]
     manifest |= {"segments": segments, "epochs": epochs}
-    checkpoint.write_json(folder / MANIFEST, {**manifest, "sha256": json_sha256(manifest)})
+    write_json(folder / MANIFEST, {**manifest, "sha256": json_sha256(manifest)})
 
 
 # ---------------------------------------------------------------------------------------------------- tools

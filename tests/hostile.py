@@ -343,7 +343,7 @@ import json, sys, time
 from pathlib import Path
 from memory import forget_peak, peak
 from pizoo import convert
-from pizoo.checkpoint import CheckpointError
+from pizoo.files import CheckpointError
 
 folder, outcomes = Path(sys.argv[1]), {}
 before = forget_peak()

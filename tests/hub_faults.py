@@ -21,8 +21,10 @@ from huggingface_hub import constants
 from huggingface_hub.utils import disable_progress_bars
 
 import pizoo
-from pizoo import checkpoint, zoo
+from pizoo import checkpoint, segments, zoo
+from pizoo.files import CheckpointError, sha256
 from pizoo.models import InfPiMLP
+from pizoo.rows import growing_layers
 
 REPO = "me/digits-infpi"
 ADDRESS = f"hf-hub:{REPO}"
@@ -107,16 +109,16 @@ def make_training(folder: Path, epochs: int, rows: int, r: int, d_in: int = 64, 
     """A training checkpoint with random rows: ``rows`` more in each growing layer an epoch."""
     torch.manual_seed(0)
     net = InfPiMLP(d_in, classes, r, rows_dtype=torch.float16)
-    layers = checkpoint.growing_layers(net)
+    layers = growing_layers(net)
     for layer in layers.values():
         layer.reserve(layer.count + epochs * rows)
-    checkpoint.start_training(folder, net, {"architecture": None, "num_classes": classes})
+    segments.start_training(folder, net, {"architecture": None, "num_classes": classes})
     for epoch in range(1, epochs + 1):
         for layer in layers.values():
             A = torch.randn(rows, layer.A.shape[1])
             B = torch.nn.functional.normalize(torch.randn(rows, r))
             layer.append(A, B, torch.full((rows,), 0.01))
-        checkpoint.save_epoch(folder, net, {"epoch": epoch, "step": epoch}, {})
+        segments.save_epoch(folder, net, {"epoch": epoch, "step": epoch}, {})
 
 
 # ---------------------------------------------------------------------------------------------------- faults
@@ -249,7 +251,7 @@ def spoiled_cache(scene: Scene) -> Iterator[None]:
     yield
 
 
-WEIGHTS = checkpoint.sha256(zoo.card(ENTRY) / checkpoint.MODEL)
+WEIGHTS = sha256(zoo.card(ENTRY) / checkpoint.MODEL)
 GET, PUT = f"GET /content/{WEIGHTS}", f"PUT /upload/{WEIGHTS}"
 FAULTS = [
     Fault("loading: HTTP 429 once, with Retry-After", "load", once(GET, 429, **{"Retry-After": "0"}), None),
@@ -363,13 +365,13 @@ def undergo(fault: Fault, scene: Scene) -> Outcome:
     with torch.no_grad():
         if not torch.equal(pizoo.load(ADDRESS)(x), wanted):
             lost.append("what was published is another net")
-    lost += [f"{sha256} was sent {times} times" for sha256, times in scene.hub.sent.items() if times > 1]
+    lost += [f"{digest} was sent {times} times" for digest, times in scene.hub.sent.items() if times > 1]
     return Outcome(said, lost)
 
 
 def _message_of(work: Callable[[], None]) -> str | None:
     try:
         work()
-    except checkpoint.CheckpointError as error:
+    except CheckpointError as error:
         return str(error)
     return None

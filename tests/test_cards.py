@@ -12,9 +12,9 @@ from huggingface_hub import ModelCard
 from matplotlib.figure import Figure
 
 import pizoo
-from pizoo import cards, checkpoint, plots, zoo
-from pizoo.checkpoint import CheckpointError
+from pizoo import cards, plots, zoo
 from pizoo.evaluation.accuracy import paired_difference, percent, within
+from pizoo.files import CheckpointError, read_tensors, write_tensors
 from pizoo.recipes import Recipe, load_recipe
 from pizoo.training.reproduce import reproduce
 
@@ -68,7 +68,7 @@ def test_a_readme_says_what_the_card_records(entry):
 @pytest.mark.parametrize("entry", SHIPPED)
 def test_recorded_images_give_the_recorded_accuracies(entry):
     results = json.loads((zoo.card(entry) / "results.json").read_text())
-    found = checkpoint.read_tensors(zoo.card(entry) / "correct.safetensors", results["correct_sha256"])
+    found = read_tensors(zoo.card(entry) / "correct.safetensors", results["correct_sha256"])
     assert found.keys() == {"shipped", *(f"seed-{run['seed']}" for run in results["seeds"])}
     assert 100 * found["shipped"].double().mean() == pytest.approx(results["accuracy"])
     for run in results["seeds"]:
@@ -122,7 +122,7 @@ def test_cards_of_a_row_compare_themselves_on_the_same_test_images(row):
     for entry in ("a_net", "a_kernel"):
         results = json.loads((row / entry / "results.json").read_text())
         rights[entry] = [
-            checkpoint.read_tensors(row / entry / "correct.safetensors")[f"seed-{run['seed']}"].double()
+            read_tensors(row / entry / "correct.safetensors")[f"seed-{run['seed']}"].double()
             for run in results["seeds"]
         ]
     away = paired_difference(sum(rights["a_net"]) / 2, rights["a_kernel"][0])
@@ -177,7 +177,7 @@ def test_a_card_says_whether_its_mean_is_within_the_tolerance(entry):
 
 def test_first_test_images_are_compared_with_what_is_recorded_of_them(row):
     for entry in ("a_net", "a_kernel"):
-        right = checkpoint.read_tensors(row / entry / "correct.safetensors")["shipped"]
+        right = read_tensors(row / entry / "correct.safetensors")["shipped"]
         report = pizoo.verify(row / entry, device="cpu", images=50)
         assert (report.status, report.check, report.differing) == ("verified", "first 50 test images", 0)
         assert report.recorded == report.measured == 100 * right[:50].double().mean()
@@ -210,10 +210,10 @@ def test_a_kernel_is_checked_without_its_training_images(row, tmp_path):
     assert pizoo.verify(folder, device="cpu", quick=True).status == "verified"
     config, state = (
         json.loads((folder / "config.json").read_text()),
-        checkpoint.read_tensors(folder / "model.safetensors"),
+        read_tensors(folder / "model.safetensors"),
     )
     state["dual"][3] *= 1.1
-    config["pizoo"]["files"]["model.safetensors"] = checkpoint.write_tensors(folder / "model.safetensors", state)
+    config["pizoo"]["files"]["model.safetensors"] = write_tensors(folder / "model.safetensors", state)
     (folder / "config.json").write_text(json.dumps(config))
     report = pizoo.verify(folder, device="cpu", quick=True)
     assert report.status == "mismatch" and "logits are off" in report.reason

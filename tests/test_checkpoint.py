@@ -18,12 +18,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import pizoo
-from pizoo import checkpoint
-from pizoo.checkpoint import CheckpointError
+from pizoo import checkpoint, segments
+from pizoo.config import complete, config_digest
+from pizoo.files import CheckpointError, sha256, write_atomically, write_json, write_tensors
 from pizoo.models import FinPiMLP, InfPiMLP, MuMLP, NNGPRegressor, NTKRegressor
 from pizoo.optim import PiSGD, param_groups
 from pizoo.recipes import load_recipe
@@ -91,7 +92,7 @@ def edit_built(path: Path, change) -> None:
 
     def change_and_sign(config):
         change(config["pizoo"])
-        config["pizoo"]["sha256"] = checkpoint.config_digest(config)
+        config["pizoo"]["sha256"] = config_digest(config)
 
     edit_json(path, change_and_sign)
 
@@ -104,7 +105,7 @@ def temporaries(folder: Path) -> list[str]:
 def finished(tmp_path_factory):
     """Kind -> (folder of a finished training, state of its net after each epoch)."""
     made = {}
-    save = checkpoint.save_epoch
+    save = segments.save_epoch
     for kind in RECIPES:
         states = []
 
@@ -113,7 +114,7 @@ def finished(tmp_path_factory):
             save(folder, model, *args, **kwargs)
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(checkpoint, "save_epoch", save_and_keep)
+            patch.setattr(segments, "save_epoch", save_and_keep)
             folder = tmp_path_factory.mktemp(kind)
             pizoo.train(recipe(kind), folder, device="cpu")
         made[kind] = (folder, states)
@@ -202,7 +203,7 @@ def test_dtype_and_device_are_the_callers_where_given(tmp_path):
 
 
 def test_int8_rows_load_as_floats_of_the_same_function(finished, monkeypatch):
-    monkeypatch.setattr(checkpoint, "READ_BYTES", 100)  # a few rows at once
+    monkeypatch.setattr(segments, "READ_BYTES", 100)  # a few rows at once
     folder, _ = finished["int8"]
     as_stored, floats = (pizoo.load(folder, dtype=dtype) for dtype in (None, torch.float32))
     assert (as_stored.output.A.dtype, floats.output.A.dtype, floats.output.bmult) == (torch.int8, torch.float32, None)
@@ -246,16 +247,16 @@ def test_an_epoch_writes_its_own_rows_and_no_others(finished, kind):
 def test_segments_and_states_are_never_written_again(tmp_path):
     """Each file is as it was, bytes and time, when all later epochs have been added."""
     seen: dict[str, tuple[int, str]] = {}
-    save = checkpoint.save_epoch
+    save = segments.save_epoch
 
     def save_and_look(folder, model, record, optimizer, keep, chosen, submit):
         save(folder, model, record, optimizer, keep, chosen)
         for path in folder.glob("*.safetensors"):
-            now = (path.stat().st_mtime_ns, checkpoint.sha256(path))
+            now = (path.stat().st_mtime_ns, sha256(path))
             assert seen.setdefault(path.name, now) == now, path.name
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(checkpoint, "save_epoch", save_and_look)
+        patch.setattr(segments, "save_epoch", save_and_look)
         pizoo.train(recipe("momentum"), tmp_path, device="cpu")
     assert len(seen) == 1 + 2 * EPOCHS
 
@@ -270,7 +271,7 @@ def test_a_finite_net_keeps_its_last_epoch_and_the_records_of_all(finished):
     folder, states = finished["finpi"]
     assert [path.name for path in folder.glob("*.safetensors")] == [f"state-{EPOCHS:05d}.safetensors"]
     assert_same(checkpoint.load(folder)[0].state_dict(), states[-1])
-    assert [record["epoch"] for record in checkpoint.read_manifest(folder)["epochs"]] == [1, 2, 3]
+    assert [record["epoch"] for record in segments.read_manifest(folder)["epochs"]] == [1, 2, 3]
     with pytest.raises(CheckpointError, match=r"holds epoch 3 alone; epoch=2 is not there"):
         checkpoint.load(folder, epoch=2)
 
@@ -475,14 +476,14 @@ def test_the_decay_factor_is_under_the_states_digest(finished):
     for layer in ("hidden.0", "output"):
         decay = state[f"decay/{layer}"]
         assert decay.dtype == torch.float64 and 0.98 < decay.item() < 1
-        assert checkpoint.read_epoch(folder).state.stored[layer][1] == decay.item()
+        assert segments.read_epoch(folder).state.stored[layer][1] == decay.item()
     assert "decay" not in (folder / "checkpoint.json").read_text()
 
 
 def test_pickled_weights_beside_the_checkpoint_are_not_looked_at(tmp_path):
     for name in ("pytorch_model.bin", "model.pt", "model.pth"):
         (tmp_path / name).write_bytes(pickle.dumps(Trap(str(tmp_path / "executed"))))
-    (tmp_path / "config.json").write_text(json.dumps(checkpoint.complete({}, MuMLP(6, 3, width=4), {})))
+    (tmp_path / "config.json").write_text(json.dumps(complete({}, MuMLP(6, 3, width=4), {})))
     with pytest.raises(CheckpointError, match=r"model\.safetensors is missing"):
         checkpoint.load(tmp_path)
     assert not (tmp_path / "executed").exists()
@@ -494,9 +495,9 @@ def test_pickled_weights_beside_the_checkpoint_are_not_looked_at(tmp_path):
 HOLD = """
 import sys
 from pathlib import Path
-from pizoo import checkpoint
+from pizoo import segments
 
-with checkpoint.training_lock(Path(sys.argv[1])):
+with segments.training_lock(Path(sys.argv[1])):
     print("held", flush=True)
     sys.stdin.read()
 """
@@ -507,10 +508,10 @@ def test_a_training_folder_belongs_to_one_process_until_that_ends(tmp_path):
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
         assert other.stdout.readline() == "held\n"
         refused = pytest.raises(CheckpointError, match=r"run is in use: another process trains there")
-        with refused, checkpoint.training_lock(tmp_path / "run"):
+        with refused, segments.training_lock(tmp_path / "run"):
             pass
         other.kill()
-    with checkpoint.training_lock(tmp_path / "run"), checkpoint.training_lock(None):
+    with segments.training_lock(tmp_path / "run"), segments.training_lock(None):
         pass
 
 
@@ -521,8 +522,8 @@ def test_a_rename_is_flushed_with_the_folder_it_was_made_in(tmp_path, monkeypatc
         flushed.append((os.readlink(f"/proc/self/fd/{descriptor}"), (tmp_path / "a.json").exists()))
         real(descriptor)
 
-    monkeypatch.setattr("pizoo.checkpoint.os.fsync", fsync)
-    checkpoint.write_json(tmp_path / "a.json", 1)
+    monkeypatch.setattr("pizoo.files.os.fsync", fsync)
+    write_json(tmp_path / "a.json", 1)
     assert flushed == [(str(tmp_path / ".a.json.tmp"), False), (str(tmp_path), True)]
 
 
@@ -540,15 +541,15 @@ def test_logging_to_a_folder_leaves_the_level_as_it_was(tmp_path):
 @pytest.mark.parametrize("function", ["save_file", "os.fsync", "os.replace"])
 @pytest.mark.parametrize("kind", ["infpi", "finpi"])
 def test_a_disk_that_fills_up_while_training_keeps_the_epochs_before(finished, tmp_path, kind, function):
-    real = {"save_file": checkpoint.save_file, "os.fsync": os.fsync, "os.replace": os.replace}[function]
+    real = {"save_file": save_file, "os.fsync": os.fsync, "os.replace": os.replace}[function]
 
     def fails_in_the_second_epoch(*args):
-        if (tmp_path / "checkpoint.json").exists() and checkpoint.read_manifest(tmp_path)["epochs"]:
+        if (tmp_path / "checkpoint.json").exists() and segments.read_manifest(tmp_path)["epochs"]:
             raise OSError(errno.ENOSPC, "No space left on device")
         return real(*args)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(f"pizoo.checkpoint.{function}", fails_in_the_second_epoch)
+        patch.setattr(f"pizoo.files.{function}", fails_in_the_second_epoch)
         with pytest.raises(CheckpointError, match=r"no space left on the disk to write .*; what was saved before is"):
             pizoo.train(recipe(kind), tmp_path, device="cpu")
     assert temporaries(tmp_path) == []
@@ -570,7 +571,7 @@ def test_a_disk_that_fills_up_while_shipping_leaves_the_net_shipped_before(tmp_p
         done += 1
         real(fd)
 
-    monkeypatch.setattr("pizoo.checkpoint.os.fsync", fsync)
+    monkeypatch.setattr("pizoo.files.os.fsync", fsync)
     with pytest.raises(CheckpointError, match="no space left"):
         ship(MuMLP(d_in=6, d_out=3, width=9), tmp_path)
     assert temporaries(tmp_path) == []
@@ -605,7 +606,7 @@ def test_a_disk_that_is_really_full_is_told_and_training_goes_on_when_there_is_r
         pizoo.train(tiny, disk / "run", device="cpu")
     assert "Traceback" not in capfd.readouterr().err
     assert temporaries(disk) == []
-    epoch = checkpoint.read_manifest(disk / "run")["epochs"][-1]["epoch"]
+    epoch = segments.read_manifest(disk / "run")["epochs"][-1]["epoch"]
     assert 1 <= epoch < 30
     whole = pizoo.train(tiny, tmp_path / "whole", device="cpu")
     assert_same(
@@ -622,7 +623,7 @@ def test_a_disk_that_is_really_full_is_told_and_training_goes_on_when_there_is_r
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_stopped_before_or_after_any_file_a_training_loads_and_resumes(finished, tmp_path, monkeypatch, kind, when):
     _, states = finished[kind]
-    real, count = checkpoint.write_atomically, 0
+    real, count = write_atomically, 0
 
     def write(path, write):
         nonlocal count
@@ -634,13 +635,13 @@ def test_stopped_before_or_after_any_file_a_training_loads_and_resumes(finished,
         if when == "before":
             real(path, write)
 
-    monkeypatch.setattr(checkpoint, "write_atomically", write)
+    monkeypatch.setattr("pizoo.files.write_atomically", write)
     files = 3 + 3 * EPOCHS + 1 if kind == "momentum" else 2 + 2 * EPOCHS + 1
     for stop_at in range(1, files + 1):
         folder, count = tmp_path / str(stop_at), 0
         with pytest.raises(Stop):
             pizoo.train(recipe(kind), folder, device="cpu")
-        records = checkpoint.read_manifest(folder)["epochs"] if (folder / "checkpoint.json").exists() else []
+        records = segments.read_manifest(folder)["epochs"] if (folder / "checkpoint.json").exists() else []
         if records:
             assert_same(checkpoint.load(folder)[0].state_dict(), states[len(records) - 1])
         else:
@@ -699,7 +700,7 @@ def test_killed_and_resumed_a_training_ends_with_the_same_bits(finished, tmp_pat
     assert done.returncode == 0, done.stderr
     for kind, point in kills:
         folder, states = tmp_path / kind / point, finished[kind][1]
-        assert [record["epoch"] for record in checkpoint.read_manifest(folder)["epochs"]][-1:] == [1]
+        assert [record["epoch"] for record in segments.read_manifest(folder)["epochs"]][-1:] == [1]
         assert_same(checkpoint.load(folder)[0].state_dict(), states[0])
         assert_same(pizoo.train(recipe(kind), folder, device="cpu").model.state_dict(), states[-1])
         assert_same(checkpoint.load(folder)[0].state_dict(), states[-1])
@@ -728,7 +729,7 @@ def test_a_run_interrupted_in_every_epoch_ends_with_the_same_bits(finished, tmp_
 
 def held_back(monkeypatch, until: threading.Event, then=lambda: None) -> None:
     """The first epoch's files are not written before ``until`` is set, and what is to be done ``then``."""
-    write = checkpoint.write_tensors
+    write = write_tensors
 
     def write_late(path, tensors):
         if path.name == "state-00001.safetensors":
@@ -736,7 +737,7 @@ def held_back(monkeypatch, until: threading.Event, then=lambda: None) -> None:
             then()
         return write(path, tensors)
 
-    monkeypatch.setattr(checkpoint, "write_tensors", write_late)
+    monkeypatch.setattr(segments, "write_tensors", write_late)
 
 
 @pytest.mark.parametrize("engine", [False, True])
@@ -747,7 +748,7 @@ def test_what_is_written_while_the_next_epoch_trains_is_the_net_as_its_epoch_lef
     """The state of epoch 1 goes to the disk when steps of epoch 2 have moved weights, momentum, decay and rows."""
     more = ["train.momentum=0", "train.dampening=0"] if engine else []  # which the engine leaves to the plain loop
     wanted = pizoo.train(recipe(kind, *more, "train.epochs=1"), device="cpu", engine=engine).model.state_dict()
-    moved, save = threading.Event(), checkpoint.save_epoch
+    moved, save = threading.Event(), segments.save_epoch
     held_back(monkeypatch, moved)
 
     def save_late(folder, model, record, *args):
@@ -756,11 +757,11 @@ def test_what_is_written_while_the_next_epoch_trains_is_the_net_as_its_epoch_lef
             raise Stop
         save(folder, model, record, *args)
 
-    monkeypatch.setattr(checkpoint, "save_epoch", save_late)
+    monkeypatch.setattr(segments, "save_epoch", save_late)
     monkeypatch.setattr(Behind, "wait", lambda self, real=Behind.wait: real(self) if moved.is_set() else None)
     with pytest.raises(Stop):
         pizoo.train(recipe(kind, *more), tmp_path, device="cpu", engine=engine)
-    assert [record["epoch"] for record in checkpoint.read_manifest(tmp_path)["epochs"]] == [1]
+    assert [record["epoch"] for record in segments.read_manifest(tmp_path)["epochs"]] == [1]
     assert_same(checkpoint.load(tmp_path)[0].state_dict(), wanted)
     assert temporaries(tmp_path) == []
     monkeypatch.undo()
@@ -785,7 +786,7 @@ def test_interrupted_while_it_waits_for_the_disk_a_training_ends_when_the_epoch_
     monkeypatch.setattr(Behind, "wait", wait_and_tell)
     with pytest.raises(KeyboardInterrupt):
         pizoo.train(recipe("infpi"), tmp_path, device="cpu")
-    assert [record["epoch"] for record in checkpoint.read_manifest(tmp_path)["epochs"]] == [1]
+    assert [record["epoch"] for record in segments.read_manifest(tmp_path)["epochs"]] == [1]
     assert temporaries(tmp_path) == []
 
 

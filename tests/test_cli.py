@@ -18,9 +18,10 @@ from PIL import Image
 from rich.console import Console
 
 import pizoo
-from pizoo import checkpoint, cli, functional, zoo
-from pizoo.checkpoint import CheckpointError
+from pizoo import cli, functional, zoo
+from pizoo.config import read_config
 from pizoo.data import load_dataset
+from pizoo.files import CheckpointError, read_tensors, write_tensors
 from pizoo.models import InfPiMLP
 from pizoo.recipes import Compact
 from pizoo.training.compact import compact_checkpoint
@@ -252,10 +253,10 @@ def test_a_flipped_bit_is_a_mismatch(pizoo_command, card, quick):
 def test_other_weights_with_a_digest_made_to_fit_are_a_mismatch(pizoo_command, card):
     """The probe is what finds a net that is intact, and another."""
     folder = card("digits_mu")
-    state = checkpoint.read_tensors(folder / "model.safetensors")
+    state = read_tensors(folder / "model.safetensors")
     state["layers.0.weight"] = state["layers.0.weight"] + 0.01
     config = json.loads((folder / "config.json").read_text())
-    config["pizoo"]["files"]["model.safetensors"] = checkpoint.write_tensors(folder / "model.safetensors", state)
+    config["pizoo"]["files"]["model.safetensors"] = write_tensors(folder / "model.safetensors", state)
     (folder / "config.json").write_text(json.dumps(config))
     shown = pizoo_command("verify", folder, "--quick")
     assert shown.code == 1 and "the probe's logits are off by" in shown.out
@@ -430,7 +431,7 @@ def test_reproduce_of_a_changed_recipe_stays_out_of_the_zoos_cards(pizoo_command
         assert refused.code == 2 and "give --cards and --runs of their own" in refused.err
     made = pizoo_command(*changed, "--cards", "cards", "--runs", "trainings")
     assert made.code == 0 and made.out.count("; verified; ") == 2 and "all: " in made.out
-    config = checkpoint.read_config(tmp_path / "cards" / "digits_ntk")
+    config = read_config(tmp_path / "cards" / "digits_ntk")
     assert (config["recipe"]["data"]["subset"], config["recipe"]["data"]["split"]) == (100, 3)
 
 

@@ -12,11 +12,11 @@ import torch
 
 import pizoo
 from pizoo import checkpoint, zoo
-from pizoo.checkpoint import CheckpointError
 from pizoo.compaction import fit as fitting
 from pizoo.compaction.fit import RIDGES, fit_rows, landmarks, relative_error, rounded, rounding_loss, row_features
 from pizoo.compaction.full import READOUT_SHARE, Full, row_counts
 from pizoo.evaluation.accuracy import accuracy
+from pizoo.files import CheckpointError
 from pizoo.functional import unit
 from pizoo.models import InfPiMLP
 from pizoo.nn import InfPiLinear

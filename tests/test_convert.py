@@ -16,11 +16,13 @@ from test_checkpoint import assert_same, flip_bit
 from test_golden import Golden, files
 
 import pizoo
-from pizoo import checkpoint, convert, zoo
-from pizoo.checkpoint import CheckpointError
+from pizoo import convert, zoo
+from pizoo.config import complete
 from pizoo.convert import compare
+from pizoo.files import CheckpointError, read_tensors, write_json
 from pizoo.models import FinPiMLP, InfPiMLP, MuMLP
 from pizoo.recipes import load_recipe
+from pizoo.rows import growing_layers
 
 ROOT = Path(__file__).parent.parent
 INFINITE = {
@@ -41,7 +43,7 @@ def infinite(dtype: torch.dtype = torch.float16, rows: int = 20, **hparams) -> I
     torch.manual_seed(0)
     model = InfPiMLP(6, 3, r=4, rows_dtype=dtype, **hparams)
     with torch.no_grad():
-        for i, layer in enumerate(checkpoint.growing_layers(model).values()):
+        for i, layer in enumerate(growing_layers(model).values()):
             B = torch.nn.functional.normalize(torch.randn(rows + i, 4), dim=1)
             layer.append(torch.randn(rows + i, layer.A.shape[1]), B, torch.randn(rows + i))
         for name, parameter in model.named_parameters():
@@ -53,7 +55,7 @@ def infinite(dtype: torch.dtype = torch.float16, rows: int = 20, **hparams) -> I
 def entry_of(model, folder: Path) -> Path:
     """A folder whose config.json is that of an entry ``model`` is a net of."""
     config = {"recipe": {"published": {"accuracy": 50.0}}, "class_names": ["a", "b", "c"]}
-    checkpoint.write_json(folder / "config.json", checkpoint.complete(config, type(model)(**model.hparams), {}))
+    write_json(folder / "config.json", complete(config, type(model)(**model.hparams), {}))
     return folder
 
 
@@ -84,7 +86,7 @@ def test_an_infinite_net_comes_over_to_the_bit(layout, name, legacy, tmp_path, m
         assert "layernorm" not in convert.understand(convert.read_pickled(tmp_path / "net.th"), tmp_path).stated
     done = convert.convert(tmp_path / "net.th", entry_of(model, tmp_path / "entry"), tmp_path / "made")
     same_function(tmp_path / "made", model)
-    assert done.rows == {name: layer.count for name, layer in checkpoint.growing_layers(model).items()}
+    assert done.rows == {name: layer.count for name, layer in growing_layers(model).items()}
     assert len(list((tmp_path / "made").glob("rows-*"))) > len(done.rows)
     assert pizoo.load(tmp_path / "made").config["converted"] == {"file": "net.th", "layout": done.layout}
     assert sorted(path.name for path in tmp_path.iterdir()) == ["entry", "made", "net.th"]
@@ -101,7 +103,7 @@ def test_a_finite_net_comes_over_to_the_bit(layout, name, legacy, tmp_path):
     foreign.save(foreign.FINITE[layout](model), tmp_path / "net.th", legacy)
     convert.convert(tmp_path / "net.th", entry_of(model, tmp_path / "entry"), tmp_path / "made")
     same_function(tmp_path / "made", model)
-    probe = checkpoint.read_tensors(tmp_path / "made" / "probe.safetensors")
+    probe = read_tensors(tmp_path / "made" / "probe.safetensors")
     torch.testing.assert_close(pizoo.load(tmp_path / "made")(probe["x"]), probe["logits"])
 
 

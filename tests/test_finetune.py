@@ -9,8 +9,9 @@ import pytest
 import torch
 
 import pizoo
-from pizoo import checkpoint, zoo
+from pizoo import zoo
 from pizoo.data import keep_classes, load_dataset
+from pizoo.files import CheckpointError
 from pizoo.recipes import RecipeError, load_recipe
 from pizoo.training import supervised
 from pizoo.training.finetune import initial_rows, source_net
@@ -110,7 +111,7 @@ def test_an_interrupted_fine_tuning_goes_on_bit_for_bit(tmp_path, monkeypatch):
     shutil.rmtree(tmp_path / "whole")
     loaded = pizoo.load(tmp_path / "run")  # which needs no source any more
     assert all(torch.equal(value, state[name]) for name, value in loaded.state_dict().items())
-    with pytest.raises(checkpoint.CheckpointError, match=r"train\.init_from is 'digits_infpi' there, 'elsewhere' here"):
+    with pytest.raises(CheckpointError, match=r"train\.init_from is 'digits_infpi' there, 'elsewhere' here"):
         pizoo.train(finetuned("digits_infpi", "train.freeze=[input]", source="elsewhere"), tmp_path / "run", device=CPU)
 
 

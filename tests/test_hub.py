@@ -14,8 +14,9 @@ from hub_faults import ADDRESS, ENTRY, EPOCHS, FAULTS, REPO, make_training, unde
 from loopback_hub import TOKEN
 
 import pizoo
-from pizoo import checkpoint, hub, zoo
-from pizoo.checkpoint import CheckpointError, NewerFormatError
+from pizoo import checkpoint, hub, segments, zoo
+from pizoo.config import CONFIG, NewerFormatError
+from pizoo.files import CheckpointError, read_json
 from pizoo.hub import Address, HubError
 from pizoo.models import FinPiMLP, InfPiMLP, MuMLP
 
@@ -68,7 +69,7 @@ def test_every_shipped_entry_comes_back_from_the_hub_to_the_bit(entry, scene):
 def test_the_hub_shows_the_cards_evaluation_results(scene):
     pizoo.publish(ENTRY, REPO)
     card = huggingface_hub.ModelCard.load(REPO)
-    recorded = checkpoint.read_json(zoo.card(ENTRY) / checkpoint.RESULTS)["accuracy"]
+    recorded = read_json(zoo.card(ENTRY) / checkpoint.RESULTS)["accuracy"]
     assert card.data.eval_results[0].metric_value == pytest.approx(recorded, abs=1e-4)
 
 
@@ -160,7 +161,7 @@ def test_a_training_is_published_segment_by_segment_and_any_epoch_loads_with_wha
 
 def test_an_interrupted_publication_of_a_training_goes_on_with_the_next_segment(scene, x):
     training = scene.training()
-    digests = checkpoint.training_files(training)
+    digests = segments.training_files(training)
     with (
         scene.hub.failing(f"PUT /upload/{digests['rows-00002.safetensors']}", 503),
         pytest.raises(HubError, match=r"sending rows-00002\.safetensors"),
@@ -208,9 +209,9 @@ def with_format(content: bytes) -> bytes:
     return content.replace(b'"format": 1', b'"format": 99')
 
 
-@pytest.mark.parametrize("name", [checkpoint.CONFIG, checkpoint.MANIFEST])
+@pytest.mark.parametrize("name", [CONFIG, segments.MANIFEST])
 def test_a_checkpoint_of_a_newer_format_is_refused_and_stays_in_the_cache(scene, name):
-    source = ENTRY if name == checkpoint.CONFIG else scene.training()
+    source = ENTRY if name == CONFIG else scene.training()
     pizoo.publish(source, REPO)
     files = scene.hub.files(REPO)
     newer = scene.hub.put(with_format(scene.hub.content(files[name][0]).read_bytes()))
@@ -223,9 +224,9 @@ def test_a_checkpoint_of_a_newer_format_is_refused_and_stays_in_the_cache(scene,
 
 def test_a_manifest_that_names_files_elsewhere_is_refused(scene):
     training = scene.training()
-    manifest = checkpoint.read_manifest(training)
+    manifest = segments.read_manifest(training)
     manifest["segments"][0]["file"] = "../../secret.safetensors"
-    checkpoint._write_manifest(training, manifest)
+    segments._write_manifest(training, manifest)
     with pytest.raises(CheckpointError, match=r"names '../../secret\.safetensors', which is no file beside it"):
         pizoo.publish(training, REPO)
 

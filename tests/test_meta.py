@@ -15,14 +15,14 @@ import torch
 from torch import nn
 
 import pizoo
-from pizoo import cards, checkpoint
-from pizoo.checkpoint import CheckpointError
+from pizoo import cards
 from pizoo.compaction.fit import relative_error
 from pizoo.data import TaskPool, frozen_uniform, load_dataset, load_tasks, omniglot
 from pizoo.evaluation import fewshot
 from pizoo.evaluation.accuracy import paired_difference
 from pizoo.evaluation.entries import classify
 from pizoo.evaluation.fewshot import SPLITS, adapter, measure_splits, split_correct, task_correct
+from pizoo.files import CheckpointError, read_tensors, write_tensors
 from pizoo.functional import unit
 from pizoo.memory import HEADROOM, NotEnoughMemory
 from pizoo.models import NNGPLearner
@@ -628,7 +628,7 @@ def test_an_entry_is_reproduced_evaluated_and_verified(kind, data_dir, tmp_path,
     assert report.status == "verified", report.reason
     assert report.check == f"50 tasks of {results['split']}" and report.half_width >= 0
     assert report.measured == report.recorded == results["verification"]["accuracy"] and report.differing == 0
-    found = checkpoint.read_tensors(card / "correct.safetensors", results["correct_sha256"])
+    found = read_tensors(card / "correct.safetensors", results["correct_sha256"])
     assert all(100 * found[f"seed-{run['seed']}"].double().mean() == run["accuracy"] for run in results["seeds"])
     assert torch.equal(found["shipped"], found["seed-0"]) and found["shipped"].shape == (60, 5)
     some = pizoo.verify(card, data_dir, "cpu", images=10)
@@ -647,7 +647,7 @@ def test_a_card_tells_every_seed_on_every_split_and_compares_entries_task_by_tas
     for entry, kind, seeds in (("one", "mu", [0, 1]), ("other", "finpi", [0]), ("kernel", "ntk", [0])):
         recipe = Recipe.from_dict({**small(kind).to_dict(), "entry": entry})
         results = reproduce(recipe, tmp_path / "cards" / entry, tmp_path / "runs" / entry, seeds, **options)
-        found = checkpoint.read_tensors(tmp_path / "cards" / entry / "correct.safetensors")
+        found = read_tensors(tmp_path / "cards" / entry / "correct.safetensors")
         rights[entry] = torch.stack([found[f"seed-{seed}"].double() for seed in seeds]).mean((0, 2))
         if entry == "one":
             one = results
@@ -670,10 +670,10 @@ def test_a_card_tells_every_seed_on_every_split_and_compares_entries_task_by_tas
 def test_a_probe_finds_other_weights(data_dir, tmp_path):
     reproduce(small("mu"), tmp_path / "card", tmp_path / "runs", [0], data_dir=data_dir, device="cpu")
     folder = tmp_path / "card"
-    state = checkpoint.read_tensors(folder / "model.safetensors")
+    state = read_tensors(folder / "model.safetensors")
     state["layers.0.weight"] = state["layers.0.weight"] * 1.05
     config = json.loads((folder / "config.json").read_text())
-    config["pizoo"]["files"]["model.safetensors"] = checkpoint.write_tensors(folder / "model.safetensors", state)
+    config["pizoo"]["files"]["model.safetensors"] = write_tensors(folder / "model.safetensors", state)
     (folder / "config.json").write_text(json.dumps(config))
     report = pizoo.verify(folder, device="cpu", quick=True)
     assert report.status == "mismatch" and "the probe's logits are off by" in report.reason

@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pizoo import checkpoint, functional, kernels
-from pizoo.checkpoint import CheckpointError
+from pizoo import functional, kernels
+from pizoo.config import describe
+from pizoo.files import CheckpointError
 from pizoo.models import FinPiMLP, InfPiMLP, MuMLP, NNGPRegressor, NTKRegressor, PiNet
 from pizoo.optim import PiSGD, clip_grad_norm_, param_groups
 
@@ -68,7 +69,7 @@ def test_without_a_classifier_a_net_gives_its_features_until_it_is_given_one(kin
     net.reset_classifier(0)
     assert net.num_classes == 0 and torch.equal(net(x), features)
     with pytest.raises(CheckpointError, match="without a read-out cannot be saved"):
-        checkpoint.describe(net)
+        describe(net)
     net.reset_classifier(7)
     assert net(x).shape == (8, 7) and torch.equal(net.features(x), features)
     assert net(x).dtype == F64 and sum(p.numel() for p in net.get_classifier().parameters())

@@ -13,7 +13,7 @@ import torch
 from test_checkpoint import flip_bit
 
 from pizoo import convert
-from pizoo.checkpoint import CheckpointError
+from pizoo.files import CheckpointError
 from pizoo.pickles import Inert, StoredTensor, read_pickled
 
 

@@ -25,9 +25,11 @@ from test_meta import made_up_pools, small
 from test_rows import assert_same_rows, make_rows, new_rows
 
 import pizoo
-from pizoo import checkpoint, ops, processes
+from pizoo import ops, processes
+from pizoo.files import CheckpointError, json_sha256, write_json
 from pizoo.recipes import load_recipe
 from pizoo.rows import Share
+from pizoo.segments import MANIFEST, read_manifest
 from pizoo.training.plan import plan
 from pizoo.training.train import train
 
@@ -157,7 +159,7 @@ def test_several_processes_learn_to_learn_as_one_does(two: Ended, three: Ended, 
 
 
 def test_shares_are_equal_and_number_rows_as_one_process_does(three: Ended, folder) -> None:
-    manifest = checkpoint.read_manifest(folder / "infinite, 3")
+    manifest = read_manifest(folder / "infinite, 3")
     segments = [entry["rows"]["hidden.0"] for entry in manifest["segments"]]
     assert len(segments) == 3 * 5  # initial rows and four epochs
     counts = [sum(len(range(*numbers)) for numbers in segments if numbers[0] % 3 == k) for k in range(3)]
@@ -184,7 +186,7 @@ def test_a_killed_process_ends_the_others_and_fewer_go_on(two: Ended, three: End
         assert three.codes[k] not in (0, -signal.SIGKILL)
         assert "of this run has ended or does not answer" in three.said[k]
         assert "the same command goes on after the last finished epoch" in three.said[k]
-    writers = {entry["file"][-15:-12] for entry in checkpoint.read_manifest(folder / "killed")["segments"]}
+    writers = {entry["file"][-15:-12] for entry in read_manifest(folder / "killed")["segments"]}
     assert writers == {"of3", "of2"}
     assert_same_net(folder / "killed", alone("momentum"))
 
@@ -207,11 +209,11 @@ MISPLACED = {
 @pytest.mark.parametrize("damage", MISPLACED)
 def test_rows_that_are_not_where_the_manifest_says_are_refused(damage: str, three: Ended, folder, tmp_path) -> None:
     damaged = shutil.copytree(folder / "infinite, 3", tmp_path / "damaged")
-    manifest = checkpoint.read_manifest(damaged)
+    manifest = read_manifest(damaged)
     MISPLACED[damage](manifest["segments"])
     manifest["epochs"][-1]["segments"] = len(manifest["segments"])
-    checkpoint.write_json(damaged / checkpoint.MANIFEST, {**manifest, "sha256": checkpoint.json_sha256(manifest)})
-    with pytest.raises(checkpoint.CheckpointError, match=r"another segment|damaged|does not hold"):
+    write_json(damaged / MANIFEST, {**manifest, "sha256": json_sha256(manifest)})
+    with pytest.raises(CheckpointError, match=r"another segment|damaged|does not hold"):
         pizoo.load(damaged)
 
 

@@ -11,6 +11,7 @@ import yaml
 
 import pizoo
 from pizoo import checkpoint, overview, zoo
+from pizoo.files import CheckpointError, read_json
 
 REPOSITORY = Path(__file__).parent.parent
 CARDS = REPOSITORY / "model_cards"
@@ -37,12 +38,12 @@ def test_the_table_has_a_row_for_every_entry_with_its_recorded_mean_and_links_th
     for entry, row in zip(zoo.list_entries(), rows, strict=True):
         assert (REPOSITORY / re.search(r"\]\((.+)\)", row[0])[1]).is_file()
         if zoo.has_weights(entry):
-            assert f"{checkpoint.read_json(zoo.card(entry) / checkpoint.RESULTS)['mean_accuracy']:.2f}" in row[4]
+            assert f"{read_json(zoo.card(entry) / checkpoint.RESULTS)['mean_accuracy']:.2f}" in row[4]
 
 
 def test_a_text_without_a_place_for_the_table_is_refused(tmp_path):
     (tmp_path / "README.md").write_text("# Nothing\n")
-    with pytest.raises(checkpoint.CheckpointError, match="has no place for the table"):
+    with pytest.raises(CheckpointError, match="has no place for the table"):
         overview.write_overview(CARDS, tmp_path / "README.md")
 
 

@@ -12,10 +12,10 @@ import pytest
 import torch
 
 import pizoo
-from pizoo import checkpoint, functional
-from pizoo.checkpoint import CheckpointError
+from pizoo import functional
 from pizoo.data import load_dataset, split_validation
 from pizoo.evaluation.accuracy import accuracy
+from pizoo.files import CheckpointError, read_tensors
 from pizoo.recipes import RecipeError, load_recipe
 from pizoo.training import plan, report, supervised
 from pizoo.training.reproduce import add_seeds, reproduce
@@ -230,7 +230,7 @@ def test_a_kernel_entry_is_reported_as_printed_and_as_tuned(tmp_path):
 
 def test_an_entry_records_which_images_every_seed_classified_correctly(recipe, tmp_path):
     results = reproduce(recipe, tmp_path / "card", tmp_path / "runs", [0, 1], device=CPU)
-    found = checkpoint.read_tensors(tmp_path / "card" / "correct.safetensors", results["correct_sha256"])
+    found = read_tensors(tmp_path / "card" / "correct.safetensors", results["correct_sha256"])
     assert found.keys() == {"shipped", "seed-0", "seed-1"}
     dataset = recipe.data.load()
     model = pizoo.load(tmp_path / "runs" / "seed-0")
@@ -252,7 +252,7 @@ def test_seeds_are_added_to_a_card_whose_trainings_are_gone(recipe, tmp_path):
     ]
     for key in ("accuracy", "shipped_seed", "mean_accuracy", "standard_error", "mean_best_epoch_accuracy"):
         assert results[key] == whole[key]
-    found, wanted = (checkpoint.read_tensors(folder / "correct.safetensors") for folder in (card, tmp_path / "whole"))
+    found, wanted = (read_tensors(folder / "correct.safetensors") for folder in (card, tmp_path / "whole"))
     assert found.keys() == wanted.keys() and all(torch.equal(found[key], wanted[key]) for key in wanted)
     assert (card / "model.safetensors").read_bytes() == net and pizoo.verify(card, device=CPU).status == "verified"
     assert "mean over 3 splits" in (card / "README.md").read_text()

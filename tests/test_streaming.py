@@ -23,13 +23,14 @@ from test_ops import CUDA, OPS, TOLERANCE, Case, brain, byte, call, error, half,
 from torch import nn
 
 import pizoo
-from pizoo import checkpoint, memory, ops
+from pizoo import checkpoint, memory, ops, segments
 from pizoo.memory import HEADROOM, NotEnoughMemory, empty_on_host, explained, free_memory, to_host
 from pizoo.models import InfPiMLP
 from pizoo.nn import InfPiLinear
 from pizoo.ops import streamed
 from pizoo.optim import PiSGD, clip_grad_norm_, param_groups
 from pizoo.recipes import RecipeError, load_recipe
+from pizoo.rows import growing_layers
 from pizoo.training import plan as planning
 from pizoo.training import supervised
 from pizoo.training.plan import plan
@@ -395,8 +396,8 @@ def test_the_engine_is_for_rows_on_the_device(as_if_streaming):
 
 def test_loading_puts_rows_where_there_is_room(monkeypatch, tmp_path):
     pizoo.train(tiny(), tmp_path, device="cpu")
-    state = checkpoint.read_epoch(tmp_path).state
-    layers = checkpoint.growing_layers(tiny().build_model())
+    state = segments.read_epoch(tmp_path).state
+    layers = growing_layers(tiny().build_model())
     assert checkpoint._roomy_place(layers, state, "net") == "device"
     for layer in layers.values():
         layer.keep_rows_on("host").to("meta")  # stands for a GPU: not the host
@@ -414,7 +415,7 @@ def test_loading_puts_rows_where_there_is_room(monkeypatch, tmp_path):
 
 
 def test_a_resumed_training_reads_rows_into_the_room_reserved_for_them(tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoint, "READ_BYTES", 100)  # a few rows at once
+    monkeypatch.setattr(segments, "READ_BYTES", 100)  # a few rows at once
     wanted = pizoo.train(tiny(), tmp_path / "whole", device="cpu").model.state_dict()
     step = supervised.Training._step
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
@@ -424,7 +425,7 @@ def test_a_resumed_training_reads_rows_into_the_room_reserved_for_them(tmp_path,
     restore = supervised.restore
 
     def noting(model, *args):
-        layers = checkpoint.growing_layers(model).values()
+        layers = growing_layers(model).values()
         places.append([part.data_ptr() for layer in layers for part in layer.storages])
         restore(model, *args)
         places.append([part.data_ptr() for layer in layers for part in layer.storages])
@@ -443,18 +444,18 @@ def interrupt():
 LOADS = """
 import gc, resource, sys, torch, pizoo
 from pathlib import Path
-from pizoo import checkpoint
 from pizoo.recipes import load_recipe
+from pizoo.segments import save_epoch, start_training
 
 folder, rows, segments = Path(sys.argv[1]), 12_000, 8
 recipe = load_recipe("digits_infpi", ["model.r=250", "train.dtype=float32"])
 net = recipe.build_model()
-checkpoint.start_training(folder, net, recipe.config([str(i) for i in range(10)]))
+start_training(folder, net, recipe.config([str(i) for i in range(10)]))
 for epoch in range(1, segments + 1):
     for layer in net.growing_layers.values():
         new = torch.randn(rows // segments, 250)
         layer.append(new[:, : layer.A.shape[1]], new, 1.0)
-    checkpoint.save_epoch(folder, net, {"epoch": epoch}, {})
+    save_epoch(folder, net, {"epoch": epoch}, {})
 size = sum(part.nbytes for layer in net.growing_layers.values() for part in (layer.A, layer.B))
 pizoo.load(folder, epoch=1)
 
@@ -517,7 +518,7 @@ def test_out_of_memory_in_an_epoch_keeps_those_before_and_says_what_to_do(
     overrides = [argument for override in TINY for argument in ("--set", override)]
     command = ("train", "digits_infpi", *overrides, "--device", "cpu", "--out", tmp_path)
     wanted = pizoo.train(tiny(), device="cpu").model.state_dict()
-    module, name, last = (pizoo.nn, "growing_backward", 2 * 5) if where == "step" else (checkpoint, "write_tensors", 3)
+    module, name, last = (pizoo.nn, "growing_backward", 2 * 5) if where == "step" else (segments, "write_tensors", 3)
     real, calls = getattr(module, name), 0
 
     def runs_out(*args, **kwargs):
@@ -534,7 +535,7 @@ def test_out_of_memory_in_an_epoch_keeps_those_before_and_says_what_to_do(
     )
     assert "; the net of epoch 1 stands in" in shown.err
     assert "train.batch_size" in shown.err or "rows would fit" in shown.err
-    assert [epoch["epoch"] for epoch in checkpoint.read_manifest(tmp_path)["epochs"]] == [1]
+    assert [epoch["epoch"] for epoch in segments.read_manifest(tmp_path)["epochs"]] == [1]
     assert checkpoint.load(tmp_path)[0].output.count == 8 + N
     assert pizoo_command(*command).code == 0
     assert_same(checkpoint.load(tmp_path)[0].state_dict(), wanted)
@@ -543,7 +544,7 @@ def test_out_of_memory_in_an_epoch_keeps_those_before_and_says_what_to_do(
 def test_out_of_memory_when_a_training_is_resumed_is_no_damage_to_its_checkpoint(monkeypatch, tmp_path):
     wanted = pizoo.train(tiny(), tmp_path, device="cpu").model.state_dict()
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "_read_rows", lambda *args: no_gpu_memory())
+        patch.setattr(segments, "_read_rows", lambda *args: no_gpu_memory())
         with pytest.raises(NotEnoughMemory, match=r"ran out of memory .*; the net of epoch 3 stands in"):
             pizoo.train(tiny(), tmp_path, device="cpu")
         with pytest.raises(torch.OutOfMemoryError):
@@ -803,14 +804,14 @@ KILLED = """
 import os, signal, sys, time
 from pathlib import Path
 import pizoo
-from pizoo import checkpoint
+from pizoo import segments
 from pizoo.recipes import load_recipe
 from pizoo.training import supervised
 from pizoo.training.engine import Engine
 
 folder, rows_on, point, *overrides = sys.argv[1:]
-manifest = Path(folder) / checkpoint.MANIFEST
-saved = lambda: manifest.exists() and checkpoint.read_manifest(manifest.parent)["epochs"]
+manifest = Path(folder) / segments.MANIFEST
+saved = lambda: manifest.exists() and segments.read_manifest(manifest.parent)["epochs"]
 recipe = load_recipe("digits_infpi", overrides)
 steps = 0
 
@@ -852,7 +853,7 @@ def test_killed_and_resumed_on_a_gpu_a_training_ends_with_the_same_bits(tmp_path
     assert train("whole", "never") == 0
     for point in ("step", "write"):
         assert train(point, point) == -signal.SIGKILL
-        assert [epoch["epoch"] for epoch in checkpoint.read_manifest(tmp_path / point)["epochs"]] == [1]
+        assert [epoch["epoch"] for epoch in segments.read_manifest(tmp_path / point)["epochs"]] == [1]
         assert train(point, "never") == 0
         for epoch in (1, 2, 3):
             found, wanted = (checkpoint.load(tmp_path / name, epoch)[0].state_dict() for name in (point, "whole"))

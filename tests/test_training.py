@@ -15,13 +15,13 @@ from PIL import Image
 from torch import nn
 
 import pizoo
-from pizoo import checkpoint, zoo
-from pizoo.checkpoint import CheckpointError
+from pizoo import checkpoint, segments, zoo
 from pizoo.data import Dataset, Normalize, epoch_order, load_dataset
 from pizoo.evaluation.accuracy import accuracy, predict
 from pizoo.evaluation.entries import classify
+from pizoo.files import CheckpointError
 from pizoo.recipes import Recipe, RecipeError, load_recipe
-from pizoo.rows import Reserved
+from pizoo.rows import Reserved, growing_layers
 from pizoo.training import supervised
 from pizoo.training.reproduce import reproduce
 from pizoo.training.schedule import schedule_factor
@@ -267,13 +267,13 @@ def test_a_training_appends_one_row_per_sample_and_never_moves_those_there(monke
 
     monkeypatch.setattr(Reserved, "reserve", counted)
     recipe = small("infpi", "train.epochs=3", "train.weight_decay=0.01")
-    initial = {name: layer.count for name, layer in checkpoint.growing_layers(recipe.build_model()).items()}
+    initial = {name: layer.count for name, layer in growing_layers(recipe.build_model()).items()}
     result = pizoo.train(recipe, device="cpu")
     assert sum(moves) == 2 * 3, "A, B and amult of two layers, once each"
     for record in result.history:
         assert record["rows"] == {name: count + N * record["epoch"] for name, count in initial.items()}
     first = recipe.build_model()
-    for name, layer in checkpoint.growing_layers(result.model).items():
+    for name, layer in growing_layers(result.model).items():
         assert layer.count == layer.capacity == initial[name] + 3 * N
         assert torch.equal(layer.A[: initial[name]], first.state_dict()[f"{name}.A"])
 
@@ -349,7 +349,7 @@ def last_epoch_kept(folder, epoch: int, states) -> None:
 @pytest.mark.parametrize("kind", SMALL)
 def test_a_loss_that_is_not_finite_stops_at_that_step_and_keeps_the_last_epoch(tmp_path, monkeypatch, kind, poison):
     recipe, calls, states = small(kind), 0, []
-    real, save = Normalize.__call__, checkpoint.save_epoch
+    real, save = Normalize.__call__, segments.save_epoch
 
     def poisoned(self, x, dtype=torch.float32):
         nonlocal calls
@@ -365,7 +365,7 @@ def test_a_loss_that_is_not_finite_stops_at_that_step_and_keeps_the_last_epoch(t
         save(folder, model, *args, **kwargs)
 
     monkeypatch.setattr(Normalize, "__call__", poisoned)
-    monkeypatch.setattr(checkpoint, "save_epoch", save_and_keep)
+    monkeypatch.setattr(segments, "save_epoch", save_and_keep)
     with pytest.raises(TrainingDiverged) as caught:
         pizoo.train(recipe, tmp_path, device="cpu")
     assert calls == 5
@@ -411,7 +411,7 @@ def test_predictions_that_are_not_finite_after_an_epoch_are_divergence_too(tmp_p
         TrainingDiverged, match=r"predictions after epoch 2 are not finite; the net of epoch 1 stands in"
     ):
         pizoo.train(small("mu"), tmp_path, device="cpu")
-    assert len(checkpoint.read_manifest(tmp_path)["epochs"]) == 1
+    assert len(segments.read_manifest(tmp_path)["epochs"]) == 1
 
 
 def test_a_learning_rate_far_too_large_diverges_rather_than_training_on(tmp_path):
@@ -505,9 +505,9 @@ def test_reproduce_trains_every_seed_ships_the_first_and_records_all(tmp_path, m
 def test_a_folder_in_use_or_refused_is_left_as_it_is(tmp_path):
     tiny = ("model.r=4", "data.subset=20", "train.epochs=1")
     folder = tmp_path / "run"
-    with checkpoint.training_lock(folder), pytest.raises(CheckpointError, match="run is in use"):
+    with segments.training_lock(folder), pytest.raises(CheckpointError, match="run is in use"):
         pizoo.train("digits_infpi", folder, overrides=tiny, device="cpu")
-    assert [path.name for path in folder.iterdir()] == [checkpoint.LOCK]
+    assert [path.name for path in folder.iterdir()] == [segments.LOCK]
     pizoo.train("digits_infpi", folder, overrides=tiny, device="cpu")
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
     with pytest.raises(CheckpointError, match="another recipe"):

@@ -19,6 +19,7 @@ from pizoo.data import Dataset, TransferData, load_dataset, split_validation
 from pizoo.evaluation import transfer
 from pizoo.evaluation.accuracy import accuracy, percent
 from pizoo.evaluation.transfer import featured, transfer_correct, verification_split
+from pizoo.files import CheckpointError, read_json, read_tensors, write_json, write_tensors
 from pizoo.memory import NotEnoughMemory
 from pizoo.models import InfPiMLP
 from pizoo.recipes import Compact, load_recipe
@@ -155,7 +156,7 @@ def test_a_kernel_that_will_not_fit_is_refused_before_the_first_step(tmp_path, m
     with pytest.raises(NotEnoughMemory, match=r"would fit: a smaller transfer\.data\.subset"):
         pizoo.train(small(), tmp_path, device="cpu")
     monkeypatch.undo()
-    with pytest.raises(checkpoint.CheckpointError, match="holds no finished epoch yet"):
+    with pytest.raises(CheckpointError, match="holds no finished epoch yet"):
         pizoo.load(tmp_path)
 
 
@@ -298,21 +299,21 @@ def test_few_training_images_with_many_test_images_are_compared_with_the_smaller
     shutil.copytree(card, tmp_path / "card")
     path, recipe = tmp_path / "card" / checkpoint.RESULTS, small("digits_finpi")
     results, right, of_small = measure_shipped(
-        tmp_path / "card", recipe, recipe.load_data(), checkpoint.read_json(path), torch.device("cpu")
+        tmp_path / "card", recipe, recipe.load_data(), read_json(path), torch.device("cpu")
     )
     assert results["verification"]["training_images"] == results["transfer"]["training_images"]
     assert results["verification"]["accuracy"] != pytest.approx(results["transfer"]["accuracy"], abs=0.05)
-    correct = checkpoint.read_tensors(tmp_path / "card" / checkpoint.CORRECT)
+    correct = read_tensors(tmp_path / "card" / checkpoint.CORRECT)
     correct |= {checkpoint.SHIPPED: right, checkpoint.VERIFIED: of_small}
-    results["correct_sha256"] = checkpoint.write_tensors(tmp_path / "card" / checkpoint.CORRECT, correct)
-    checkpoint.write_json(path, results)
+    results["correct_sha256"] = write_tensors(tmp_path / "card" / checkpoint.CORRECT, correct)
+    write_json(path, results)
     report = pizoo.verify(tmp_path / "card", device="cpu")
     assert (report.status, report.differing) == ("verified", 0), report.reason
     assert report.check.startswith("100 test images") and report.measured == percent(of_small)
 
 
 def test_the_ridge_that_training_chose_is_found_on_the_hub_too(card, scene):
-    chosen = checkpoint.read_json(card / checkpoint.RESULTS)["transfer"]["ridge"]
+    chosen = read_json(card / checkpoint.RESULTS)["transfer"]["ridge"]
     assert chosen != small("digits_finpi").transfer.ridge
     pizoo.publish(card, "me/card")
     assert pizoo.evaluate("hf-hub:me/card", device="cpu")["ridge"] == chosen
@@ -320,9 +321,9 @@ def test_the_ridge_that_training_chose_is_found_on_the_hub_too(card, scene):
 
 def test_without_a_record_of_the_choice_the_published_ridge_is_taken(card, tmp_path):
     shutil.copytree(card, tmp_path / "card")
-    results = checkpoint.read_json(card / checkpoint.RESULTS)
+    results = read_json(card / checkpoint.RESULTS)
     del results["transfer"]
-    checkpoint.write_json(tmp_path / "card" / checkpoint.RESULTS, results)
+    write_json(tmp_path / "card" / checkpoint.RESULTS, results)
     assert pizoo.evaluate(tmp_path / "card", device="cpu")["ridge"] == small("digits_finpi").transfer.ridge
 
 
@@ -333,7 +334,7 @@ def test_the_full_problem_is_what_the_headline_is_of(card):
     features = featured(model, target, recipe.transfer.data.normalize)
     right = transfer_correct(model.feature_kernel, features, [results["transfer"]["ridge"]])[0]
     assert percent(right) == results["accuracy"] == results["transfer"]["accuracy"]
-    stored = checkpoint.read_tensors(card / checkpoint.CORRECT)
+    stored = read_tensors(card / checkpoint.CORRECT)
     assert torch.equal(stored["shipped"], right) and len(stored["verified"]) == 100
     assert len(verification_split(features).train_y) == 300
 

@@ -16,13 +16,15 @@ import torch
 from torch import nn
 
 import pizoo
-from pizoo import checkpoint, functional, zoo
-from pizoo.checkpoint import CheckpointError
+from pizoo import functional, zoo
+from pizoo.config import build, describe
 from pizoo.data import epoch_order, load_dataset
 from pizoo.evaluation.accuracy import within
+from pizoo.files import CheckpointError, read_tensors, sha256
 from pizoo.models import FinPiMLP, InfPiMLP, KernelRegressor, MuMLP, NNGPRegressor
 from pizoo.optim import PiSGD, clip_grad_norm_, param_groups
 from pizoo.recipes import list_recipes, load_recipe
+from pizoo.rows import growing_layers
 
 REPOSITORY = Path(__file__).parent.parent
 LARGEST_FILE = 25 * 1000**2
@@ -119,7 +121,7 @@ def test_a_card_says_what_the_recipe_says(entry):
         recipe = recipe.with_seed(json.loads((zoo.card(entry) / "results.json").read_text())["shipped_seed"])
     own = {key: value for key, value in config.items() if key != "pizoo"}
     assert own == json.loads(json.dumps(recipe.config(config["class_names"])))
-    described = json.loads(json.dumps(checkpoint.describe(recipe.build_model())))
+    described = json.loads(json.dumps(describe(recipe.build_model())))
     if recipe.compact and zoo.has_weights(entry):  # it ships smaller than it trains
         described["rows_dtype"] = recipe.compact.dtype
     found = {key: config["pizoo"][key] for key in described}
@@ -162,7 +164,7 @@ def test_shipped_files_are_small_and_are_the_ones_recorded(entry):
     folder, digests = zoo.card(entry), zoo.config(entry)["pizoo"]["files"]
     assert digests.keys() == {"model.safetensors", "probe.safetensors"}
     for name, digest in digests.items():
-        assert checkpoint.sha256(folder / name) == digest
+        assert sha256(folder / name) == digest
     assert all(path.stat().st_size <= LARGEST_FILE for path in folder.rglob("*"))
     wanted = {
         "README.md",
@@ -224,7 +226,7 @@ def test_untrained_nets_need_no_weights(entry):
     else:
         hparams = zoo.config(entry)["pizoo"]["hparams"]
         assert model(torch.randn(2, hparams["d_in"])).shape == (2, hparams["d_out"])
-        assert checkpoint.describe(model)["hparams"] == hparams
+        assert describe(model)["hparams"] == hparams
 
 
 def test_dtype_and_device_reach_the_net():
@@ -305,7 +307,7 @@ def test_another_number_of_classes_is_a_fresh_read_out_on_the_same_features(entr
             assert torch.equal(model.features(x), loaded.features(x))
         assert model.config["num_classes"] == len(model.config["class_names"]) == k
         assert model.config["recipe"] == loaded.config["recipe"] and zoo.config(entry)["num_classes"] == 10
-    rebuilt = checkpoint.build(checkpoint.describe(reset))
+    rebuilt = build(describe(reset))
     rebuilt.load_state_dict(reset.state_dict())
 
 
@@ -340,7 +342,7 @@ def test_torch_hub_loads_the_same_nets(digits):
 
 
 def test_the_infinite_net_on_cifar10_is_compact_says_so_and_grows_on(caplog):
-    probe = checkpoint.read_tensors(zoo.card("cifar10_infpi") / "probe.safetensors")
+    probe = read_tensors(zoo.card("cifar10_infpi") / "probe.safetensors")
     x, y = probe["x"], probe["logits"].argsort(1)[:, -2]  # its second choice, to be learned as its first
     with caplog.at_level("INFO", logger="pizoo"):
         model = torch.hub.load(str(REPOSITORY), "cifar10_infpi", source="local")
@@ -415,7 +417,7 @@ def test_fine_tuning_with_the_ordinary_loop_lowers_the_loss_and_appends_rows(ent
     torch.manual_seed(0)
     model.reset_classifier(2)
     x, y = zoo.preprocessing(model.config)(dataset.train_x), (dataset.train_y > 0).long()
-    before = {name: layer.count for name, layer in checkpoint.growing_layers(model).items()}
+    before = {name: layer.count for name, layer in growing_layers(model).items()}
     settings = model.config["recipe"]["train"]
     multipliers = {key: settings[key] for key in ("first_layer_lr_mult", "last_layer_lr_mult", "bias_lr_mult")}
     optimizer = PiSGD(param_groups(model, lr=0.1, **multipliers), lr=0.1)
@@ -431,7 +433,7 @@ def test_fine_tuning_with_the_ordinary_loop_lowers_the_loss_and_appends_rows(ent
     model.eval()
     with torch.no_grad():
         assert nn.functional.cross_entropy(model(x), y).item() < 0.9 * start
-    assert {name: layer.count for name, layer in checkpoint.growing_layers(model).items()} == {
+    assert {name: layer.count for name, layer in growing_layers(model).items()} == {
         name: count + 4 * 64 for name, count in before.items()
     }
 

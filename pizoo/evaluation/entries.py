@@ -16,6 +16,7 @@ from pizoo.data import Dataset, TaskPool, load_tasks, read_images
 from pizoo.evaluation.accuracy import accuracy, choose_device, correct, predict
 from pizoo.evaluation.fewshot import measure_splits
 from pizoo.evaluation.transfer import described, measure_transfer
+from pizoo.files import read_json
 from pizoo.memory import explained
 from pizoo.models import KernelRegressor
 
@@ -101,7 +102,7 @@ def _chosen_ridge(model_or_entry: nn.Module | str | os.PathLike, epoch: int | No
     if isinstance(model_or_entry, nn.Module):
         return transfer["ridge"]
     results = zoo.locate(model_or_entry, epoch=epoch, records=True) / checkpoint.RESULTS
-    recorded = checkpoint.read_json(results) if results.exists() else {}
+    recorded = read_json(results) if results.exists() else {}
     return recorded.get("transfer", transfer)["ridge"]
 
 

@@ -9,8 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pizoo import checkpoint, kernels
+from pizoo import kernels
 from pizoo.evaluation.accuracy import over_processes
+from pizoo.files import write_atomically
 from pizoo.models import PiNet
 from pizoo.models.base import batched
 
@@ -104,5 +105,5 @@ def save_feature_kernel(path: str | os.PathLike, model: PiNet, x: Tensor, y: Ten
             for part in x.split(kernels.BLOCK_ROWS):
                 file.write(kernels.matrix(model.feature_kernel, part, y).cpu().numpy().data)
 
-    checkpoint.write_atomically(Path(path), write)
+    write_atomically(Path(path), write)
     return shape

@@ -12,12 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from pizoo import checkpoint, zoo
-from pizoo.checkpoint import CheckpointError
+from pizoo.config import CONFIG, read_config
 from pizoo.data import DataNotFoundError, load_tasks
 from pizoo.evaluation.accuracy import choose_device, correct, percent, predict, within
 from pizoo.evaluation.entries import attach_training_images
 from pizoo.evaluation.fewshot import TaskAccuracy, adapter, split_correct
 from pizoo.evaluation.transfer import measure_transfer, measures_all
+from pizoo.files import CheckpointError, read_json, read_tensors
 
 # Logits of the probe may differ between devices and libraries by rounding, float16 rows included.
 PROBE_TOLERANCE = 2e-3
@@ -146,11 +147,11 @@ def verify(
     results: dict[str, Any] = {}
     config: dict[str, Any] = {}
     try:
-        config = _checked_types(checkpoint.read_config(folder), CONFIG_TYPES, folder / checkpoint.CONFIG)
+        config = _checked_types(read_config(folder), CONFIG_TYPES, folder / CONFIG)
         if not (folder / checkpoint.RESULTS).exists():
             raise zoo.WeightsNotFoundError(f"{folder} records no results yet")
         path = folder / checkpoint.RESULTS
-        results = _checked_types(checkpoint.read_json(path), RESULTS_TYPES, path)
+        results = _checked_types(read_json(path), RESULTS_TYPES, path)
         records = _recorded_correct(folder, results)
         if images is not None and checkpoint.SHIPPED in records:
             images = min(images, len(records[checkpoint.SHIPPED]))
@@ -293,7 +294,7 @@ def _probe(found: _Found) -> _Outcome:
     files = found.config["pizoo"]["files"]
     if checkpoint.PROBE not in files:
         raise _NotRun(f"{found.folder} has no probe, only shipped nets do: verify it without --quick")
-    probe = checkpoint.read_tensors(found.folder / checkpoint.PROBE, files[checkpoint.PROBE])
+    probe = read_tensors(found.folder / checkpoint.PROBE, files[checkpoint.PROBE])
     if "support_x" in probe:
         learner = adapter(found.model, found.config["recipe"]["tasks"])
         logits = learner(probe["support_x"], probe["support_y"])(probe["x"])
@@ -315,7 +316,7 @@ def _recorded_correct(folder: Path, results: dict[str, Any]) -> dict[str, Tensor
     """
     if "correct_sha256" not in results:
         return {}
-    found = checkpoint.read_tensors(folder / checkpoint.CORRECT, results["correct_sha256"])
+    found = read_tensors(folder / checkpoint.CORRECT, results["correct_sha256"])
     recorded = {checkpoint.SHIPPED: results} | {checkpoint.seed_key(r["seed"]): r for r in results.get("seeds", ())}
     for key, run in recorded.items():
         if key not in found or not within(0, percent(found[key]), run["accuracy"]):

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from pizoo import checkpoint, zoo
-from pizoo.checkpoint import CheckpointError
 from pizoo.compaction.full import (
     READOUT_SHARE,
     Full,
@@ -25,10 +24,12 @@ from pizoo.compaction.full import (
     sizes_of,
     without_rows,
 )
+from pizoo.config import CONFIG, read_config
 from pizoo.data import Dataset, TaskPool
 from pizoo.evaluation.accuracy import accuracy, choose_device, percent
 from pizoo.evaluation.entries import correct_once_loaded
 from pizoo.evaluation.fewshot import split_logits, split_pool
+from pizoo.files import CheckpointError, read_json, read_tensors, write_json, write_tensors
 from pizoo.models import InfPiMLP
 from pizoo.plots import SIZES, draw_sizes
 from pizoo.recipes import Compact, Recipe
@@ -157,7 +158,7 @@ def compact_checkpoint(
     """
     folder, out, device = zoo.locate(source, epoch=epoch, records=True), Path(out), choose_device(device)
     zoo.check_weights(folder)
-    if (out / checkpoint.CONFIG).exists() and "compacted" not in checkpoint.read_config(out)["pizoo"]:
+    if (out / CONFIG).exists() and "compacted" not in read_config(out)["pizoo"]:
         raise CheckpointError(f"{out} holds a checkpoint that is not a compact net; choose another folder")
     model, config = checkpoint.load(folder, epoch, device)
     recipe = Recipe.from_dict(zoo.recipe_of(config, source), str(source))
@@ -185,8 +186,8 @@ def compact_checkpoint(
         right[checkpoint.SHIPPED] = correct_once_loaded(out, dataset, normalize, device)
     if checkpoint.SHIPPED in right:
         results["accuracy"] = percent(right[checkpoint.SHIPPED])
-        results["correct_sha256"] = checkpoint.write_tensors(out / checkpoint.CORRECT, right)
-    checkpoint.write_json(out / checkpoint.RESULTS, results)
+        results["correct_sha256"] = write_tensors(out / checkpoint.CORRECT, right)
+    write_json(out / checkpoint.RESULTS, results)
     (out / SIZES).unlink(missing_ok=True)
     if curve:
         draw_sizes(out / SIZES, record)
@@ -196,14 +197,14 @@ def compact_checkpoint(
 def _results(folder: Path, entry: str, epoch: int | None) -> dict[str, Any]:
     """The source's results; of an earlier or unfinished epoch there are none."""
     path = folder / checkpoint.RESULTS
-    return checkpoint.read_json(path) if epoch is None and path.exists() else {"entry": entry}
+    return read_json(path) if epoch is None and path.exists() else {"entry": entry}
 
 
 def _correct_before(folder: Path, results: dict[str, Any]) -> dict[str, Tensor]:
     """Which test images full nets classify correctly, where the source records it; not the net that it ships."""
     if "correct_sha256" not in results:
         return {}
-    found = checkpoint.read_tensors(folder / checkpoint.CORRECT, results["correct_sha256"])
+    found = read_tensors(folder / checkpoint.CORRECT, results["correct_sha256"])
     return {key: right for key, right in found.items() if key not in (checkpoint.SHIPPED, checkpoint.VERIFIED)}
 
 

@@ -7,10 +7,10 @@ from collections.abc import Iterable
 from torch import nn
 
 from pizoo import zoo
-from pizoo.checkpoint import growing_layers
 from pizoo.models import PiNet
 from pizoo.optim import named_roles
 from pizoo.recipes import Recipe, RecipeError
+from pizoo.rows import growing_layers
 
 NOT_THE_TRUNKS = ("d_out", "last_bias_alpha", "last_layer_alpha", "readout_zero_init", "initial_scales")
 

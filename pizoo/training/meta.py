@@ -27,6 +27,7 @@ from pizoo.evaluation.fewshot import (
     split_pool,
     task_correct,
 )
+from pizoo.files import read_json, write_json
 from pizoo.models.adapt import Adaptable
 from pizoo.recipes import Recipe
 from pizoo.training.fewshot import clip_outer_gradient, task_results
@@ -142,7 +143,7 @@ def measure_kernel(
     if folder is not None:
         check_folder(folder, recipe)
         if (folder / checkpoint.RESULTS).exists():
-            results = checkpoint.read_json(folder / checkpoint.RESULTS)
+            results = read_json(folder / checkpoint.RESULTS)
             return TrainResult(checkpoint.load(folder, device=device)[0], recipe, folder, results["history"], results)
     tasks = recipe.tasks.model_dump()
     measured = measure_splits(model, dataset, tasks).recorded
@@ -151,7 +152,7 @@ def measure_kernel(
     results = {**task_training_results(recipe, [record], measured, device), "best_epoch": best}
     if folder is not None:
         save_with_task_probe(folder, model, recipe.config(class_names(recipe)), dataset["test"], tasks)
-        checkpoint.write_json(folder / checkpoint.RESULTS, results)
+        write_json(folder / checkpoint.RESULTS, results)
     return TrainResult(model, recipe, folder, [record], results)
 
 

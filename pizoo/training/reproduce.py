@@ -15,6 +15,7 @@ from pizoo import checkpoint
 from pizoo.cards import check_recipe, write_card
 from pizoo.evaluation.accuracy import choose_device, percent
 from pizoo.evaluation.entries import correct_once_loaded
+from pizoo.files import read_json, read_tensors, write_json, write_tensors
 from pizoo.recipes import Recipe
 from pizoo.training import meta, transfer
 from pizoo.training.compact import compact_net
@@ -63,7 +64,7 @@ def reproduce(
         "accuracy": percent(right[checkpoint.SHIPPED]),
         "shipped_seed": seeds[0],
         **summary(records),
-        "correct_sha256": checkpoint.write_tensors(card / checkpoint.CORRECT, right),
+        "correct_sha256": write_tensors(card / checkpoint.CORRECT, right),
     }
     if recipe.tune is not None:
         found = tune(recipe, recipe.data.load(data_dir), device, runs)
@@ -73,7 +74,7 @@ def reproduce(
         )
         results["tuned"] = {**found, "accuracy": theirs["accuracy"]}
         results["total_wall_seconds"] += found["seconds"] + theirs["total_wall_seconds"]
-    checkpoint.write_json(card / checkpoint.RESULTS, results)
+    write_json(card / checkpoint.RESULTS, results)
     write_card(card)
     return results
 
@@ -106,8 +107,8 @@ def add_seeds(
     if recipe.train is None:
         raise ValueError(f"{recipe.entry} is a kernel, which is not trained: there are no seeds to add")
     check_recipe(card, recipe)
-    results = checkpoint.read_json(card / checkpoint.RESULTS)
-    right = checkpoint.read_tensors(card / checkpoint.CORRECT, results["correct_sha256"])
+    results = read_json(card / checkpoint.RESULTS)
+    right = read_tensors(card / checkpoint.CORRECT, results["correct_sha256"])
     if both := sorted({record["seed"] for record in results["seeds"]}.intersection(seeds)):
         raise ValueError(f"seeds is {seeds}; {card} has {', '.join(map(str, both))} of them already")
     records = results["seeds"]
@@ -116,8 +117,8 @@ def add_seeds(
         right[checkpoint.seed_key(run.record["seed"])] = run.correct
         del run  # its net's memory is the next one's
     results |= summary(sorted(records, key=lambda record: record["seed"]))
-    results["correct_sha256"] = checkpoint.write_tensors(card / checkpoint.CORRECT, right)
-    checkpoint.write_json(card / checkpoint.RESULTS, results)
+    results["correct_sha256"] = write_tensors(card / checkpoint.CORRECT, right)
+    write_json(card / checkpoint.RESULTS, results)
     write_card(card)
     return results
 

@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 
 from pizoo import checkpoint
-from pizoo.checkpoint import CheckpointError
+from pizoo.config import CONFIG
 from pizoo.data import Dataset, TaskPool, TransferData
 from pizoo.evaluation.accuracy import choose_device, correct, percent, predict, standard_error
 from pizoo.evaluation.fewshot import TaskAccuracy, split_correct
+from pizoo.files import CheckpointError, write_json
 from pizoo.plots import CURVES, draw_curves, rows_by_epoch
 from pizoo.recipes import Recipe
 from pizoo.training.supervised import TrainResult
@@ -83,7 +84,7 @@ def train_seeds(
     """
     runs, device = Path(runs), choose_device(device)
     recipes = {seed: recipe.with_seed(seed) for seed in seeds}
-    if (runs / checkpoint.CONFIG).exists():
+    if (runs / CONFIG).exists():
         raise CheckpointError(f"{runs} holds a training of its own; choose another folder for several seeds")
     if len(recipes) > 1 and not seeds_differ(recipe):
         raise ValueError(
@@ -170,7 +171,7 @@ def run_seeds(recipe: Recipe, seeds: Iterable[int], runs: str | os.PathLike, **o
         results = {"entry": recipe.entry, "data": run.outcome.results["data"], **summary(records)}
         rows = rows_by_epoch(run.outcome.history)
         del run  # its net's memory is the next one's
-        checkpoint.write_json(Path(runs) / checkpoint.RESULTS, results)
+        write_json(Path(runs) / checkpoint.RESULTS, results)
         if "curve" in records[0]:
             draw_curves(Path(runs) / CURVES, records, recipe.published and recipe.published.accuracy, rows)
     return results

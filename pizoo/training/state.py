@@ -8,11 +8,12 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import torch
 from torch import Tensor, nn
 
-from pizoo.checkpoint import CheckpointError, Epoch, growing_layers
+from pizoo.files import CheckpointError
 from pizoo.memory import is_out_of_memory
 from pizoo.models.base import persistent_tensors
 from pizoo.optim import PiSGD
-from pizoo.rows import GrowingWeight
+from pizoo.rows import GrowingWeight, growing_layers
+from pizoo.segments import Epoch
 
 
 def optimizer_tensors(model: nn.Module, optimizer: PiSGD) -> dict[str, Tensor]:

@@ -20,13 +20,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pizoo import __version__, checkpoint, ops, processes
+from pizoo import __version__, checkpoint, ops, processes, segments
+from pizoo.config import CONFIG, read_config
 from pizoo.data import Dataset, epoch_order
 from pizoo.evaluation.accuracy import accuracy, predict
+from pizoo.files import CheckpointError, read_json, write_json
 from pizoo.memory import explained
 from pizoo.models import KernelRegressor
 from pizoo.optim import PiSGD, clip_grad_norm_, param_groups
 from pizoo.recipes import Recipe, RecipeError, decisive
+from pizoo.rows import growing_layers
 from pizoo.training.engine import Engine, unsupported
 from pizoo.training.finetune import freeze, initial_rows, source_net, take_trunk
 from pizoo.training.plan import check_solving, plan
@@ -129,7 +132,7 @@ class Training:
             settings.momentum,
             settings.dampening,
         )
-        self.growing = checkpoint.growing_layers(self.model)
+        self.growing = growing_layers(self.model)
         for layer in self.growing.values():
             layer.keep_rows_on(self.plan.rows_on)
             grows = layer.A.requires_grad and (layer.role == "hidden" or settings.last_layer_lr_mult)
@@ -197,16 +200,16 @@ class Training:
         if self.folder is None:
             return
         check_folder(self.folder, self.recipe)
-        if not (self.folder / checkpoint.MANIFEST).exists():
-            checkpoint.start_training(self.folder, self.model, self.recipe.config(self.class_names))
+        if not (self.folder / segments.MANIFEST).exists():
+            segments.start_training(self.folder, self.model, self.recipe.config(self.class_names))
             return
-        if records := checkpoint.read_manifest(self.folder)["epochs"]:
+        if records := segments.read_manifest(self.folder)["epochs"]:
             self.history = [record["metrics"] for record in records]
             best = self._best_epoch()
             if best is not None and best < len(records):
-                restore(self.model, self.optimizer, checkpoint.read_epoch(self.folder, best))
+                restore(self.model, self.optimizer, segments.read_epoch(self.folder, best))
                 self.best = Snapshot(self.model)
-            restore(self.model, self.optimizer, checkpoint.read_epoch(self.folder))
+            restore(self.model, self.optimizer, segments.read_epoch(self.folder))
             if best == len(records):
                 self.best = Snapshot(self.model)
             log.info("resuming %s after epoch %d", self.folder, len(self.history))
@@ -229,13 +232,13 @@ class Training:
         self._finish()
         kept = self.folder is not None and (self.folder / checkpoint.RESULTS).exists()
         if already == settings.epochs and processes.of_first(kept):
-            results = checkpoint.read_json(self.folder / checkpoint.RESULTS)  # of the day and machine it was trained on
+            results = read_json(self.folder / checkpoint.RESULTS)  # of the day and machine it was trained on
         else:
             with explained(self._ran_out):
                 results = self._results()
             results["wall_seconds"] += self.timer.lap()
             if self.folder is not None and processes.index() == 0:
-                checkpoint.write_json(self.folder / checkpoint.RESULTS, results)
+                write_json(self.folder / checkpoint.RESULTS, results)
         return TrainResult(self.model, self.recipe, self.folder, self.history, results, self.correct)
 
     def _held_by_all(self) -> list[Tensor]:
@@ -356,8 +359,8 @@ class Training:
 
     def _ran_out(self, reported: str) -> str:
         self.writing.wait()
-        begun = self.folder is not None and (self.folder / checkpoint.MANIFEST).exists()
-        saved = len(checkpoint.read_manifest(self.folder)["epochs"]) if begun else 0
+        begun = self.folder is not None and (self.folder / segments.MANIFEST).exists()
+        saved = len(segments.read_manifest(self.folder)["epochs"]) if begun else 0
         return f"{self.plan.ran_out(self.recipe.entry, reported)}; {self._kept(saved)}"
 
     def _kept(self, epoch: int) -> str:
@@ -371,7 +374,7 @@ class Training:
         # A finite net's state is all of it, every epoch again: only the best, where that is kept, and the last.
         keep = None if self.growing else {best, *self._kept_epochs()}
         self.writing.wait()
-        checkpoint.save_epoch(self.folder, self.model, record, tensors, keep, best, self.writing.submit)
+        segments.save_epoch(self.folder, self.model, record, tensors, keep, best, self.writing.submit)
 
     def _best_epoch(self) -> int | None:
         """The epoch whose net this training gives; None: the last."""
@@ -396,7 +399,7 @@ def solve_kernel(recipe: Recipe, dataset: Dataset, folder: Path | None, device: 
         check_folder(folder, recipe)
         if (folder / checkpoint.RESULTS).exists():
             model, _ = checkpoint.load(folder, device=device)
-            results = checkpoint.read_json(folder / checkpoint.RESULTS)
+            results = read_json(folder / checkpoint.RESULTS)
             return TrainResult(model.attach(train_x), recipe, folder, results["history"], results)
     check_solving(recipe, len(train_x), device)
     model.fit(train_x, dataset.train_y.to(device))
@@ -407,7 +410,7 @@ def solve_kernel(recipe: Recipe, dataset: Dataset, folder: Path | None, device: 
     results = training_results(recipe, [record], device)
     if folder is not None:
         checkpoint.save_with_probe(folder, model, recipe.config(dataset.class_names), dataset, normalize)
-        checkpoint.write_json(folder / checkpoint.RESULTS, results)
+        write_json(folder / checkpoint.RESULTS, results)
     return TrainResult(model.eval(), recipe, folder, [record], results)
 
 
@@ -437,19 +440,19 @@ def training_results(recipe: Recipe, history: list[dict[str, Any]], device: torc
 
 def check_folder(folder: Path, recipe: Recipe) -> None:
     """Raise CheckpointError if a folder holds another recipe's training, or a shipped net that training would mix with."""
-    if not (folder / checkpoint.CONFIG).exists():
+    if not (folder / CONFIG).exists():
         return
-    config = checkpoint.read_config(folder)
+    config = read_config(folder)
     if "converted" in config:
-        raise checkpoint.CheckpointError(f"{folder} holds a converted net, not a training; choose another folder")
+        raise CheckpointError(f"{folder} holds a converted net, not a training; choose another folder")
     found, wanted = decisive(config.get("recipe")), decisive(recipe.to_dict())
     if found != wanted:
-        raise checkpoint.CheckpointError(
+        raise CheckpointError(
             f"{folder} holds a training of another recipe ({_difference(found, wanted)}); "
             "choose another folder, or remove it"
         )
     if recipe.train is not None and (folder / checkpoint.MODEL).exists():
-        raise checkpoint.CheckpointError(f"{folder} holds a shipped net, not a training; choose another folder")
+        raise CheckpointError(f"{folder} holds a shipped net, not a training; choose another folder")
 
 
 def _difference(found: Any, wanted: Any, key: str = "") -> str:

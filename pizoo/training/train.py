@@ -10,9 +10,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from pizoo import __version__, checkpoint, processes
+from pizoo import __version__, processes, segments
 from pizoo.data import Dataset, TaskPool, TransferData
 from pizoo.evaluation.accuracy import choose_device
+from pizoo.files import json_sha256, sha256
 from pizoo.recipes import Recipe, RecipeError, load_recipe
 from pizoo.training.meta import MetaTraining, measure_kernel
 from pizoo.training.report import logging_to
@@ -88,7 +89,7 @@ def train(
         if processes.count() > 1:
             _check_processes(recipe, dataset, folder)
         own_folder = folder if processes.index() == 0 else None  # one process logs
-        with checkpoint.training_lock(own_folder):
+        with segments.training_lock(own_folder):
             if recipe.train is None:
                 return solve(recipe, dataset, folder, device)
             with logging_to(own_folder):
@@ -107,20 +108,20 @@ def _check_processes(
         raise RecipeError(
             f"{recipe.entry}: tasks are not split over processes; a finite net learns from them in one process"
         )
-    begun = folder is not None and (folder / checkpoint.MANIFEST).exists()
+    begun = folder is not None and (folder / segments.MANIFEST).exists()
     processes.compare(
         {
             "code": _code_fingerprint(),
-            "recipe": checkpoint.json_sha256(recipe.to_dict()),
+            "recipe": json_sha256(recipe.to_dict()),
             "data": _data_fingerprint(dataset),
-            "checkpoint": checkpoint.sha256(folder / checkpoint.MANIFEST) if begun else "none",
+            "checkpoint": sha256(folder / segments.MANIFEST) if begun else "none",
         }
     )
 
 
 def _code_fingerprint() -> str:
     """Of this package's source, and of torch's version."""
-    root, digest = Path(checkpoint.__file__).parent, hashlib.sha256(f"{__version__} {torch.__version__}".encode())
+    root, digest = Path(segments.__file__).parent, hashlib.sha256(f"{__version__} {torch.__version__}".encode())
     for file in sorted(file for file in root.rglob("*") if file.suffix in (".py", ".cu")):
         digest.update(file.read_bytes())
     return digest.hexdigest()

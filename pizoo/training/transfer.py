@@ -31,6 +31,7 @@ from pizoo.evaluation.transfer import (
 )
 from pizoo.models import PiNet
 from pizoo.recipes import Recipe, Transfer
+from pizoo.rows import growing_layers
 from pizoo.training.supervised import REMEDY, Training, TrainingDiverged, TrainResult
 
 
@@ -149,7 +150,7 @@ def ship(outcome: TrainResult, card: Path, dataset: TransferData) -> tuple[dict[
     """
     recipe, model = outcome.recipe, outcome.model
     device, config = next(model.parameters()).device, recipe.config(dataset.source.class_names)
-    if checkpoint.growing_layers(model):
+    if growing_layers(model):
         checkpoint.save_with_probe(card, model, config, dataset.source, recipe.data.normalize)
     else:
         short = copy.deepcopy(model).half()

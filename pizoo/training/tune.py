@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pizoo import checkpoint, functional
+from pizoo import functional
 from pizoo.data import Dataset, split_validation
 from pizoo.evaluation.accuracy import accuracy
+from pizoo.files import read_json, write_json
 from pizoo.recipes import Recipe, decisive
 from pizoo.training.report import log
 
@@ -39,7 +40,7 @@ def tune(recipe: Recipe, dataset: Dataset, device: torch.device, folder: Path | 
     """
     asked = {**decisive(recipe.to_dict()), "tune": recipe.to_dict()["tune"]}
     if folder is not None and (folder / SEARCH).exists():
-        kept = checkpoint.read_json(folder / SEARCH)
+        kept = read_json(folder / SEARCH)
         if kept["recipe"] == asked:
             return kept["found"]
     begin, tried = time.perf_counter(), []
@@ -67,7 +68,7 @@ def tune(recipe: Recipe, dataset: Dataset, device: torch.device, folder: Path | 
         "tried": tried,
     }
     if folder is not None:
-        checkpoint.write_json(folder / SEARCH, {"recipe": asked, "found": found})
+        write_json(folder / SEARCH, {"recipe": asked, "found": found})
     return found
 
 
