@@ -247,7 +247,7 @@ def test_the_jacobian_kernel_compiles_and_keeps_its_sums_in_registers(shape):
         assert "wgmma.mma_async instructions are serialized" not in log, log
 
 
-BATCHES = [(80, 400, 400, half), (80, 400, 400, brain), (80, 100, 1, half), (17, 100, 400, half)]
+BATCHES = [(80, 400, 400, half), (80, 384, 384, half), (80, 400, 400, brain), (80, 100, 1, half), (17, 100, 400, half)]
 
 
 @pytest.mark.parametrize("shape", BATCHES, ids=str)
