@@ -247,6 +247,48 @@ def test_the_jacobian_kernel_compiles_and_keeps_its_sums_in_registers(shape):
         assert "wgmma.mma_async instructions are serialized" not in log, log
 
 
+def lying(A: torch.Tensor, B: torch.Tensor) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """The same rows, as they may lie in memory."""
+
+    def beside(rows: torch.Tensor) -> torch.Tensor:
+        return torch.cat([rows.new_zeros(1), rows.flatten()])[1:].view(rows.shape)
+
+    padded = torch.nn.functional.pad(A, (0, 16 - A.shape[1])), torch.nn.functional.pad(B, (0, 1))
+    return {
+        "one after the other": (A, B),
+        "padded": (padded[0][:, : A.shape[1]], padded[1][:, : B.shape[1]]),
+        "columns first": (A.T.contiguous().T, B.T.contiguous().T),
+        "at odd places": (beside(A), beside(B)),
+    }
+
+
+@pytest.mark.parametrize("shape", [(1, 10), (5, 10), (5, 7), (5, 1)], ids=str)
+def test_the_jacobian_kernel_finds_rows_aligned_however_they_lie(shape):
+    M, r_out = shape
+    wanted_A, wanted_B = torch.randn(M, r_out).half(), torch.randn(M, 8).half()
+    for name, found in lying(wanted_A, wanted_B).items():
+        A, B = jacobian.aligned(*found)
+        assert torch.equal(A[:, :r_out], wanted_A) and torch.equal(B, wanted_B), name
+        assert A.stride(1) == 1 and A.data_ptr() % 4 == 0 and (M == 1 or A.stride(0) % 2 == 0), name
+        assert hopper.fetchable(B), name
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not CUDA, reason="needs a CUDA device")
+@pytest.mark.parametrize("shape", [(700, 10, 8), (700, 7, 8), (700, 400, 80)], ids=str)
+def test_fused_ops_take_rows_however_they_lie_and_any_integer_for_the_number_in_use(shape):
+    from pizoo.ops import triton
+
+    M, r_out, b = shape
+    gbar, A, B, amult, delta, *_ = rows(Case(M, 400, r_out, b))
+    count = torch.tensor([M - 70], device=DEVICE)
+    for name, stored in lying(A, B).items() if r_out <= 16 else {"columns first": (A.T.contiguous().T, B)}.items():
+        for kind in (torch.int64, torch.int32):
+            inputs = (gbar, *stored, amult, delta, count.to(kind), None)
+            for op in ops_of(triton, *inputs):
+                assert error(call(triton, op, *inputs), op, *inputs) <= TOLERANCE[half], (name, kind, op)
+
+
 BATCHES = [(80, 400, 400, half), (80, 384, 384, half), (80, 400, 400, brain), (80, 100, 1, half), (17, 100, 400, half)]
 
 
