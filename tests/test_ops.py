@@ -13,7 +13,7 @@ import os
 import re
 import runpy
 import sys
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -287,6 +287,46 @@ def test_fused_ops_take_rows_however_they_lie_and_any_integer_for_the_number_in_
             inputs = (gbar, *stored, amult, delta, count.to(kind), None)
             for op in ops_of(triton, *inputs):
                 assert error(call(triton, op, *inputs), op, *inputs) <= TOLERANCE[half], (name, kind, op)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not CUDA, reason="needs a CUDA device")
+@pytest.mark.parametrize("b", [8, 80])
+def test_fused_ops_run_in_a_thread_that_has_not_used_the_gpu(b):
+    from pizoo.ops import triton
+
+    inputs = rows(Case(700, 400, 10, b, stride=16))
+    for op in ops_of(triton, *inputs):
+        here = call(triton, op, *inputs)  # leaves memory behind, so that the thread need not ask the driver for any
+        with ThreadPoolExecutor(1) as pool:
+            there = pool.submit(call, triton, op, *inputs).result()
+        assert all(torch.equal(x, y) for x, y in zip(here, there, strict=True)), op
+
+
+def test_kernels_in_cuda_are_for_where_bindings_compiler_and_driver_are(monkeypatch):
+    bindings = pytest.importorskip("cuda.bindings", reason="comes with PyTorch for CUDA")
+    from cuda.bindings import driver
+    from cuda.bindings import nvrtc as compiler
+
+    def available(compiler_version=13, driver_version=13_000) -> bool:
+        monkeypatch.setattr(compiler, "nvrtcVersion", lambda: (0, compiler_version, 2))
+        monkeypatch.setattr(driver, "cuDriverGetVersion", lambda: (0, driver_version))
+        return nvrtc.available.__wrapped__()
+
+    def missing(*_):
+        raise RuntimeError("no such library")
+
+    monkeypatch.setattr(sys, "platform", "linux")
+    assert available() and available(12, 13_000)
+    assert not available(11, 13_000), "a compiler that does not know Hopper"
+    assert not available(13, 12_090), "a driver older than the code"
+    monkeypatch.setattr(driver, "cuDriverGetVersion", missing)
+    assert not nvrtc.available.__wrapped__()
+    monkeypatch.setitem(sys.modules, bindings.__name__, None)
+    assert not nvrtc.available.__wrapped__()
+    monkeypatch.undo()
+    monkeypatch.setattr(sys, "platform", "win32")
+    assert not nvrtc.available.__wrapped__()
 
 
 BATCHES = [(80, 400, 400, half), (80, 384, 384, half), (80, 400, 400, brain), (80, 100, 1, half), (17, 100, 400, half)]
