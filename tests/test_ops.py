@@ -530,6 +530,23 @@ def test_whatever_keeps_kernels_from_running_is_one_warning_and_the_same_results
         assert all(torch.equal(x, y) for x, y in zip(result, call(blocked, op, *inputs), strict=True))
 
 
+def test_a_kernel_that_fails_while_a_graph_is_captured_is_not_given_up(monkeypatch):
+    triton = pytest.importorskip("pizoo.ops.triton")
+
+    def unloadable(*args, **kwargs):
+        raise RuntimeError("not while a graph is captured")
+
+    gbar, A, B, amult, *_ = rows(Case(20, 5, 3, 4, half), torch.device("cpu"))
+    monkeypatch.setattr(ops, "_failed", False)
+    monkeypatch.setattr(triton, "growing_forward", unloadable)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    monkeypatch.setattr(ops, "_fused", lambda device: True)
+    with pytest.raises(RuntimeError, match="not while") as raised:
+        ops.growing_forward(gbar, A.as_subclass(LikeOnAGpu), B, amult)
+    assert "once before capturing" in raised.value.__notes__[0] and not ops._failed
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not CUDA, reason="needs a CUDA device")
 def test_a_kernel_that_does_not_compile_is_replaced(monkeypatch):

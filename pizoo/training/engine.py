@@ -223,6 +223,9 @@ class Engine:
                 for tensor, value in zip(state, before, strict=True):
                     tensor.copy_(value)
         torch.cuda.current_stream().wait_stream(stream)
+        if not all(ops.fused(B[:1], A) for A, B, *_ in (state.rows for state in self.growing)):
+            # A kernel failed just now. Plain torch, which runs instead, asks for the number of rows: that is no graph.
+            return lambda: self._take_step(size, self._compute)
         graph = torch.cuda.CUDAGraph()
         # Threads that watch over collectives, or write a checkpoint, may ask about other work meanwhile.
         with torch.cuda.graph(graph, capture_error_mode="thread_local"):
