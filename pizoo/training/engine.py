@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from pizoo import ops
+from pizoo import ops, processes
 from pizoo.functional import unit
 from pizoo.models import InfPiMLP, PiNet
 from pizoo.nn import InfPiLinear
@@ -177,9 +177,13 @@ class Engine:
         self._steps: dict[int, Callable[[], None]] = {}
 
     def _readout_in_one_pass(self) -> bool:
-        """Whether the read-out's Jacobian comes with its output, so that the backward pass reads no row of it again."""
+        """Whether the read-out's Jacobian comes with its output, so that the backward pass reads no row of it again.
+
+        On the GPUs of all processes, or of none: they sum what each of them computes.
+        """
         A, B, *_ = self.growing[-1].storages
-        return ops.fused(B.new_empty(self.settings.batch_size, B.shape[1]), A, "growing_forward_jacobian")
+        own = ops.fused(B.new_empty(self.settings.batch_size, B.shape[1]), A, "growing_forward_jacobian")
+        return all(processes.gathered(own))
 
     # ------------------------------------------------------------------ epochs
 
