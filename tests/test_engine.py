@@ -10,6 +10,7 @@ import sys
 import pytest
 import torch
 
+from pizoo import ops
 from pizoo.data import epoch_order
 from pizoo.ops.append import append_reference
 from pizoo.recipes import RecipeError, load_recipe
@@ -267,6 +268,25 @@ def test_replayed_graph_trains_short_rows_as_the_plain_loop_does(dtype: str) -> 
     if dtype == "int8":
         for layer in engine.model.growing_layers.values():
             assert torch.equal(layer.bmult, directed(layer.B.detach(), torch.int8)[1])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_kernel_that_fails_in_the_first_step_leaves_the_training_to_plain_torch(monkeypatch) -> None:
+    from pizoo.ops import triton
+
+    def broken(*args, **kwargs):
+        raise RuntimeError("no compiler")
+
+    monkeypatch.setattr(ops, "_failed", False)
+    monkeypatch.setattr(triton, "growing_backward", broken)
+    recipe = load_recipe("digits_infpi", [*INFINITE, "train.dtype=float16"])
+    with pytest.warns(RuntimeWarning, match="plain torch runs instead: RuntimeError: no compiler"):
+        engine = train(recipe, device="cuda", engine=True)
+    plain = train(recipe, device="cpu", engine=False)
+    x = recipe.data.normalize(recipe.data.load().test_x)
+    with torch.no_grad():
+        assert relative(engine.model.cpu()(x), plain.model(x)) < 1e-2
 
 
 @pytest.mark.gpu

@@ -13,7 +13,7 @@ import os
 import re
 import runpy
 import sys
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -247,7 +247,89 @@ def test_the_jacobian_kernel_compiles_and_keeps_its_sums_in_registers(shape):
         assert "wgmma.mma_async instructions are serialized" not in log, log
 
 
-BATCHES = [(80, 400, 400, half), (80, 400, 400, brain), (80, 100, 1, half), (17, 100, 400, half)]
+def lying(A: torch.Tensor, B: torch.Tensor) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """The same rows, as they may lie in memory."""
+
+    def beside(rows: torch.Tensor) -> torch.Tensor:
+        return torch.cat([rows.new_zeros(1), rows.flatten()])[1:].view(rows.shape)
+
+    padded = torch.nn.functional.pad(A, (0, 16 - A.shape[1])), torch.nn.functional.pad(B, (0, 1))
+    return {
+        "one after the other": (A, B),
+        "padded": (padded[0][:, : A.shape[1]], padded[1][:, : B.shape[1]]),
+        "columns first": (A.T.contiguous().T, B.T.contiguous().T),
+        "at odd places": (beside(A), beside(B)),
+    }
+
+
+@pytest.mark.parametrize("shape", [(1, 10), (5, 10), (5, 7), (5, 1)], ids=str)
+def test_the_jacobian_kernel_finds_rows_aligned_however_they_lie(shape):
+    M, r_out = shape
+    wanted_A, wanted_B = torch.randn(M, r_out).half(), torch.randn(M, 8).half()
+    for name, found in lying(wanted_A, wanted_B).items():
+        A, B = jacobian.aligned(*found)
+        assert torch.equal(A[:, :r_out], wanted_A) and torch.equal(B, wanted_B), name
+        assert A.stride(1) == 1 and A.data_ptr() % 4 == 0 and (M == 1 or A.stride(0) % 2 == 0), name
+        assert hopper.fetchable(B), name
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not CUDA, reason="needs a CUDA device")
+@pytest.mark.parametrize("shape", [(700, 10, 8), (700, 7, 8), (700, 400, 80)], ids=str)
+def test_fused_ops_take_rows_however_they_lie_and_any_integer_for_the_number_in_use(shape):
+    from pizoo.ops import triton
+
+    M, r_out, b = shape
+    gbar, A, B, amult, delta, *_ = rows(Case(M, 400, r_out, b))
+    count = torch.tensor([M - 70], device=DEVICE)
+    for name, stored in lying(A, B).items() if r_out <= 16 else {"columns first": (A.T.contiguous().T, B)}.items():
+        for kind in (torch.int64, torch.int32):
+            inputs = (gbar, *stored, amult, delta, count.to(kind), None)
+            for op in ops_of(triton, *inputs):
+                assert error(call(triton, op, *inputs), op, *inputs) <= TOLERANCE[half], (name, kind, op)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not CUDA, reason="needs a CUDA device")
+@pytest.mark.parametrize("b", [8, 80])
+def test_fused_ops_run_in_a_thread_that_has_not_used_the_gpu(b):
+    from pizoo.ops import triton
+
+    inputs = rows(Case(700, 400, 10, b, stride=16))
+    for op in ops_of(triton, *inputs):
+        here = call(triton, op, *inputs)  # leaves memory behind, so that the thread need not ask the driver for any
+        with ThreadPoolExecutor(1) as pool:
+            there = pool.submit(call, triton, op, *inputs).result()
+        assert all(torch.equal(x, y) for x, y in zip(here, there, strict=True)), op
+
+
+def test_kernels_in_cuda_are_for_where_bindings_compiler_and_driver_are(monkeypatch):
+    bindings = pytest.importorskip("cuda.bindings", reason="comes with PyTorch for CUDA")
+    from cuda.bindings import driver
+    from cuda.bindings import nvrtc as compiler
+
+    def available(compiler_version=13, driver_version=13_000) -> bool:
+        monkeypatch.setattr(compiler, "nvrtcVersion", lambda: (0, compiler_version, 2))
+        monkeypatch.setattr(driver, "cuDriverGetVersion", lambda: (0, driver_version))
+        return nvrtc.available.__wrapped__()
+
+    def missing(*_):
+        raise RuntimeError("no such library")
+
+    monkeypatch.setattr(sys, "platform", "linux")
+    assert available() and available(12, 13_000)
+    assert not available(11, 13_000), "a compiler that does not know Hopper"
+    assert not available(13, 12_090), "a driver older than the code"
+    monkeypatch.setattr(driver, "cuDriverGetVersion", missing)
+    assert not nvrtc.available.__wrapped__()
+    monkeypatch.setitem(sys.modules, bindings.__name__, None)
+    assert not nvrtc.available.__wrapped__()
+    monkeypatch.undo()
+    monkeypatch.setattr(sys, "platform", "win32")
+    assert not nvrtc.available.__wrapped__()
+
+
+BATCHES = [(80, 400, 400, half), (80, 384, 384, half), (80, 400, 400, brain), (80, 100, 1, half), (17, 100, 400, half)]
 
 
 @pytest.mark.parametrize("shape", BATCHES, ids=str)
@@ -446,6 +528,23 @@ def test_whatever_keeps_kernels_from_running_is_one_warning_and_the_same_results
     for op, result in results.items():
         assert error(result, op, *inputs) <= TOLERANCE[single]
         assert all(torch.equal(x, y) for x, y in zip(result, call(blocked, op, *inputs), strict=True))
+
+
+def test_a_kernel_that_fails_while_a_graph_is_captured_is_not_given_up(monkeypatch):
+    triton = pytest.importorskip("pizoo.ops.triton")
+
+    def unloadable(*args, **kwargs):
+        raise RuntimeError("not while a graph is captured")
+
+    gbar, A, B, amult, *_ = rows(Case(20, 5, 3, 4, half), torch.device("cpu"))
+    monkeypatch.setattr(ops, "_failed", False)
+    monkeypatch.setattr(triton, "growing_forward", unloadable)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    monkeypatch.setattr(ops, "_fused", lambda device: True)
+    with pytest.raises(RuntimeError, match="not while") as raised:
+        ops.growing_forward(gbar, A.as_subclass(LikeOnAGpu), B, amult)
+    assert "once before capturing" in raised.value.__notes__[0] and not ops._failed
 
 
 @pytest.mark.gpu

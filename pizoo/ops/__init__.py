@@ -116,6 +116,12 @@ def _run_here(op: str, gbar: Tensor, A: Tensor, B: Tensor, amult: Tensor, *delta
         except (torch.OutOfMemoryError, torch.AcceleratorError):
             raise
         except Exception as error:  # whatever keeps a kernel from being compiled: no compiler, too small a GPU
+            if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
+                # The capture is lost, and says nothing about the kernel.
+                error.add_note(
+                    "Call the op once before capturing it: kernels are compiled and loaded by their first call."
+                )
+                raise
             _fall_back(f"{type(error).__name__}: {error}")
     return getattr(_module(forced or "blocked"), op)(gbar, A, B, amult, *delta, **options)
 

@@ -4,8 +4,7 @@
 //     forward:  partial[program, b, :OUTPUTS] = sum_m F00(q_bm) amult_m A_m
 //     backward: partial[program, b, :R] = sum_m c_bm F11(q_bm) B_m and [.., R] = sum_m c_bm F02(q_bm), c = (delta A^T) amult
 //
-// One program a multiprocessor keeps all SAMPLES x columns sums in its registers. Rows, or columns, stand first in every
-// product, samples second: 64 x SAMPLES x 16 is one instruction of a warpgroup (4 warps). The warpgroups have roles:
+// One program a multiprocessor keeps all SAMPLES x columns sums in its registers. The warpgroups have roles:
 //     a fetcher copies chunks, 64 rows of 64 columns each, into two rings of shared memory;
 //     a maker multiplies a block of 64 rows with the inputs (and gradients) and makes the coefficients of the block's rows;
 //     two multipliers own a share of the columns each and add coefficients times rows to their sums.

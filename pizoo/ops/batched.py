@@ -15,7 +15,7 @@ from torch import Tensor
 from pizoo.ops import hopper, nvrtc
 from pizoo.ops.hopper import ROWS, WIDTH, blocks_of
 
-MOST_SAMPLES, MOST_TILES = 80, 7  # of a program: that many sums fit its registers
+MOST_SAMPLES, MOST_CHUNKS = 80, 7  # of a program: that many sums fit its registers
 LEAST_SAMPLES = 17  # fewer fit two of Triton's tiles
 THREADS = 4 * 128
 
@@ -71,7 +71,7 @@ def partial_sums(
     found = nvrtc.kernel(
         A.device, "batched.cu", "growing_layer", constants, shared, hopper.headers((samples,), A.dtype)
     )
-    tiles = -(-b // samples)
+    tiles = blocks_of(b, samples)
     programs = max(1, properties.multi_processor_count // tiles)
     partial = gbar.new_empty(programs, b, line)
     early, late = (hopper.tensor_map(rows) for rows in ((A, B) if backward else (B, A)))
@@ -96,10 +96,11 @@ def layout(b: int, r: int, r_out: int, backward: bool, shared: int) -> Layout | 
     samples = 16 * blocks_of(b, 16 * tiles)
     inputs = 32 * samples * (blocks_of(r, 16) + backward * blocks_of(r_out, 16))
     coefficients = 2 * ROWS * samples * (1 if backward else 2)
-    rest = 1024 + 20 * samples  # units, barriers, what alignment costs
+    # Units, barriers, what alignment costs; forward, the place of gradients, of which there are none.
+    rest = 1024 + (20 if backward else 36) * samples
     slots = (shared - inputs - coefficients - rest) // (2 * ROWS * WIDTH)
     early_chunks, late_chunks = (blocks_of(columns, WIDTH) for columns in ((r_out, r) if backward else (r, r_out)))
     # Backward, a block of late rows stays until it has been multiplied; forward, all chunks pass.
     late = min(2 * late_chunks, max(late_chunks, slots - early_chunks)) if backward else slots - slots // 2
     early = min(slots - late, 4 * early_chunks)
-    return Layout(samples, early, late) if min(early, late) >= 2 and late_chunks <= MOST_TILES else None
+    return Layout(samples, early, late) if min(early, late) >= 2 and late_chunks <= MOST_CHUNKS else None

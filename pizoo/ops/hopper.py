@@ -67,6 +67,7 @@ def tensor_map(rows: Tensor) -> ctypes.Array:
     return found
 
 
+@functools.cache
 def headers(columns: tuple[int, ...], dtype: torch.dtype) -> tuple[tuple[str, str], ...]:
     """``wgmma.cuh``: the matrix product of a warpgroup, for each of these numbers of ``columns``."""
     return (("wgmma.cuh", "".join(_product(n, "bf16" if dtype == torch.bfloat16 else "f16") for n in columns)),)

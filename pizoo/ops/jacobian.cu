@@ -177,7 +177,7 @@ __device__ __forceinline__ void make_blocks(Memory& memory, const Share& share, 
     for (int i = thread; i < SAMPLES * OUTPUTS * 4; i += LANES) {
         float sum = 0.0f;
         if (i % 4 < 2)
-            for (int j = 0; j < 4; j++) sum += memory.outputs[j][0][i / 4][i % 4];
+            for (int j = 0; j < 4; j++) sum += ((const float(*)[2])memory.outputs[j])[i / 4][i % 4];
         to[i / 4 * (R + 4) + R + i % 4] = sum;
     }
 }

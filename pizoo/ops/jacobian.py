@@ -47,10 +47,7 @@ def partial_sums(gbar: Tensor, A: Tensor, B: Tensor, amult: Tensor, count: Tenso
         RuntimeError: the kernel does not compile or launch.
     """
     (b, r), (M, r_out) = gbar.shape, A.shape
-    if A.stride(1) != 1 or A.stride(0) % 2 or A.data_ptr() % 4:  # two halves are read at once
-        A = pad(A, (0, r_out % 2))
-    if not hopper.fetchable(B):
-        B = B.contiguous()
+    A, B = aligned(A, B)
     properties = hopper.properties(A.device)
     shared, tiles = properties.shared_memory_per_block_optin, blocks_of(b, SAMPLES)
     programs = max(1, properties.multi_processor_count // tiles)
@@ -62,6 +59,15 @@ def partial_sums(gbar: Tensor, A: Tensor, B: Tensor, amult: Tensor, count: Tenso
     rows = hopper.tensor_map(B)
     nvrtc.launch(found, (programs, tiles), THREADS, shared, (rows, gbar, A, amult, count, partial, M, b))
     return partial
+
+
+def aligned(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows as the kernel reads them, A two elements at once and B by the copy engine; copied where they lie otherwise."""
+    if A.stride(1) != 1 or A.stride(0) % 2 or A.data_ptr() % 4:
+        A = pad(A, (0, A.shape[1] % 2)).contiguous()  # nothing to pad is a copy too, but one that keeps strides
+    if not hopper.fetchable(B):
+        B = B.clone(memory_format=torch.contiguous_format)
+    return A, B
 
 
 def constants_of(r: int, r_out: int, stride: int, dtype: torch.dtype, shared: int) -> nvrtc.Constants:

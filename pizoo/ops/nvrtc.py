@@ -1,15 +1,16 @@
 """CUDA C++ kernels of this folder: compiled by NVRTC when first asked for (about a second), launched by the CUDA driver.
 
-Both through NVIDIA's own bindings, which come with PyTorch for CUDA.
+Both through NVIDIA's own bindings, which come with PyTorch for CUDA. As Triton's, kernels have to be called once before a CUDA
+graph is captured: compiling and loading cannot be.
 """
 
 from __future__ import annotations
 
 import ctypes
 import functools
+import sys
 from collections.abc import Sequence
 from importlib import resources
-from importlib.util import find_spec
 
 import torch
 
@@ -17,9 +18,21 @@ Constants = tuple[tuple[str, int], ...]
 HEADERS = ("device.cuh", "hopper.cuh")
 
 
+@functools.cache
 def available() -> bool:
-    """Whether the bindings are installed."""
-    return find_spec("cuda") is not None and find_spec("cuda.bindings") is not None
+    """Whether there are the bindings, a compiler that knows compute capability 9.0, and a driver that runs what it makes.
+
+    On Linux alone, by whose name for it the driver is asked for tensor maps.
+    """
+    if sys.platform != "linux":
+        return False
+    try:
+        from cuda.bindings import driver, nvrtc
+
+        (_, compiler, _), (_, installed) = nvrtc.nvrtcVersion(), driver.cuDriverGetVersion()
+        return 12 <= compiler <= installed // 1000
+    except Exception:  # no bindings, older ones, or libraries that they do not find, each with errors of its own
+        return False
 
 
 def compile_source(
@@ -45,7 +58,7 @@ def compile_source(
         return values[0] if values else None
 
     def read(what: str) -> bytes:
-        text = b" " * invoke(f"nvrtcGet{what}Size", program)
+        text = bytes(invoke(f"nvrtcGet{what}Size", program))  # written to: of length 1, no bytes that Python shares
         invoke(f"nvrtcGet{what}", program, text)
         return text
 
@@ -73,6 +86,7 @@ def kernel(
     """``function`` of the file ``name`` on the current device, which is ``device``, with ``shared`` bytes of shared memory."""
     from cuda.bindings import driver
 
+    _bind_context()
     code, _ = compile_source(name, constants, torch.cuda.get_device_capability(device), generated)
     found = _call("cuModuleGetFunction", _call("cuModuleLoadData", code), function.encode())
     limit = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
@@ -89,7 +103,12 @@ def launch(function, grid: tuple[int, int], threads: int, shared: int, arguments
         threads: of a program.
         shared: bytes of shared memory of a program.
         arguments: tensors (passed as pointers; ``None`` as a null pointer), integers (int32), structures of ctypes.
+
+    Raises:
+        ValueError: a tensor that is not on a GPU.
+        RuntimeError: the driver's error; torch.OutOfMemoryError where that is it, here and from :func:`kernel`.
     """
+    _bind_context()
     values = [_argument(argument) for argument in arguments]
     pointers = (ctypes.c_void_p * len(values))(*[ctypes.addressof(value) for value in values])
     stream = torch.cuda.current_stream().cuda_stream
@@ -100,6 +119,10 @@ def _argument(value: object):
     if value is None:
         return ctypes.c_void_p(0)
     if isinstance(value, torch.Tensor):
+        if not value.is_cuda:
+            raise ValueError(
+                f"a tensor {list(value.shape)} is on {value.device}; a kernel reads tensors on its GPU alone"
+            )
         return ctypes.c_void_p(value.data_ptr())
     return ctypes.c_int(value) if isinstance(value, int) else value
 
@@ -108,11 +131,20 @@ def _source(name: str) -> bytes:
     return resources.files("pizoo.ops").joinpath(name).read_bytes()
 
 
+def _bind_context() -> None:
+    """Make the current device's context the thread's: one in which nothing was launched yet may have none."""
+    if not int(_call("cuCtxGetCurrent")):
+        device = _call("cuDeviceGet", torch.cuda.current_device())
+        _call("cuCtxSetCurrent", _call("cuDevicePrimaryCtxRetain", device))
+
+
 def _call(name: str, *arguments):
     """A function of the CUDA driver."""
     from cuda.bindings import driver
 
     status, *values = getattr(driver, name)(*arguments)
+    if status == driver.CUresult.CUDA_ERROR_OUT_OF_MEMORY:
+        raise torch.OutOfMemoryError(f"CUDA out of memory in {name}")
     if status != driver.CUresult.CUDA_SUCCESS:
         raise RuntimeError(f"{name}: {status.name}")
     return values[0] if values else None

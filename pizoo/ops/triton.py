@@ -25,7 +25,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pizoo.ops import batched, jacobian
+from pizoo.ops import batched, hopper, jacobian
 
 
 @triton.jit
@@ -380,7 +380,7 @@ def growing_forward_jacobian(
     Not for int8 rows.
     """
     (b, r), (M, r_out) = gbar.shape, A.shape
-    gbar, amult = gbar.to(torch.float32).contiguous(), amult.to(torch.float32).contiguous()
+    gbar, amult, count = _read_by_kernels(gbar, amult, count)
     with torch.cuda.device_of(A):
         partial = jacobian.partial_sums(gbar, A, B, amult, count)
         out, gradients = gbar.new_empty(b, r_out), gbar.new_empty(b, r_out, r)
@@ -415,7 +415,7 @@ def _run(kernel, gbar: Tensor, A: Tensor, *others: Tensor | None) -> Tensor:
 def _run_on_current_device(kernel, gbar, A, B, amult, bmult, count, *delta) -> Tensor:
     """The layer's output [b, r_out] or the gradient [b, r]."""
     (b, r), (M, r_out) = gbar.shape, A.shape
-    gbar, amult = gbar.to(torch.float32).contiguous(), amult.to(torch.float32).contiguous()
+    gbar, amult, count = _read_by_kernels(gbar, amult, count)
     A, B = (rows if rows.stride(1) == 1 else rows.contiguous() for rows in (A, B))
     out = gbar.new_empty(b, r if delta else r_out)
     line = padded(out.shape[1] + len(delta))
@@ -437,6 +437,12 @@ def _run_on_current_device(kernel, gbar, A, B, amult, bmult, count, *delta) -> T
     kernel[(tiles, programs)](gbar, *rows, *delta, count, partial, M, b, *constants, num_warps=launch.warps)
     add_up(partial, out, count, M, launch.rows, along)
     return out
+
+
+def _read_by_kernels(gbar: Tensor, amult: Tensor, count: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Inputs and multipliers in float32, without gaps, and the number of rows in use in int64."""
+    gbar, amult = (part.to(torch.float32).contiguous() for part in (gbar, amult))
+    return gbar, amult, None if count is None else count.to(torch.int64)
 
 
 def add_up(
@@ -477,7 +483,7 @@ def _choose_launch(kernel, b: int, r: int, r_out: int, itemsize: int, device: to
     if b > 32 and itemsize <= 2 and r <= 512 and r_out <= 512:
         wide = [Launch(32, 128, 8, 2)] if b > 64 and kernel is _forward_kernel else []
         launches = [*wide, Launch(32, 64, 8, 3), Launch(32, 64, 8, 2), *launches]
-    available = _properties(device).shared_memory_per_block_optin if device.type == "cuda" else 1 << 17
+    available = hopper.properties(device).shared_memory_per_block_optin if device.type == "cuda" else 1 << 17
     for launch in launches:
         buffers = launch.stages - (launch.batch < 64)
         inputs = r + r_out if kernel is _backward_kernel else r
@@ -501,7 +507,6 @@ def _pieces(n: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
     return tuple(starts), tuple(widths)
 
 
-_properties = functools.cache(torch.cuda.get_device_properties)
 _residents: dict[tuple, int] = {}
 
 
@@ -511,7 +516,7 @@ def _resident(compile, warps: int, key: tuple, device: torch.device) -> int:
         return 2  # the interpreter: enough to see that programs share the work
     key = (device, *key)
     if key not in _residents:
-        properties, compiled = _properties(device), compile(num_warps=warps)
+        properties, compiled = hopper.properties(device), compile(num_warps=warps)
         _ = compiled.run  # loads the kernel, which tells its registers
         registers = triton.cdiv(compiled.n_regs, 8) * 8 * 32 * warps
         shared = compiled.metadata.shared + 1024

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from pizoo import ops
+from pizoo import ops, processes
 from pizoo.functional import unit
 from pizoo.models import InfPiMLP, PiNet
 from pizoo.nn import InfPiLinear
@@ -177,9 +177,13 @@ class Engine:
         self._steps: dict[int, Callable[[], None]] = {}
 
     def _readout_in_one_pass(self) -> bool:
-        """Whether the read-out's Jacobian comes with its output, so that the backward pass reads no row of it again."""
+        """Whether the read-out's Jacobian comes with its output, so that the backward pass reads no row of it again.
+
+        On the GPUs of all processes, or of none: they sum what each of them computes.
+        """
         A, B, *_ = self.growing[-1].storages
-        return ops.fused(B.new_empty(self.settings.batch_size, B.shape[1]), A, "growing_forward_jacobian")
+        own = ops.fused(B.new_empty(self.settings.batch_size, B.shape[1]), A, "growing_forward_jacobian")
+        return all(processes.gathered(own))
 
     # ------------------------------------------------------------------ epochs
 
@@ -223,6 +227,9 @@ class Engine:
                 for tensor, value in zip(state, before, strict=True):
                     tensor.copy_(value)
         torch.cuda.current_stream().wait_stream(stream)
+        if not all(ops.fused(B[:1], A) for A, B, *_ in (state.rows for state in self.growing)):
+            # A kernel failed just now. Plain torch, which runs instead, asks for the number of rows: that is no graph.
+            return lambda: self._take_step(size, self._compute)
         graph = torch.cuda.CUDAGraph()
         # Threads that watch over collectives, or write a checkpoint, may ask about other work meanwhile.
         with torch.cuda.graph(graph, capture_error_mode="thread_local"):
