@@ -131,10 +131,10 @@ def main() -> None:
     if args.json:
         args.json.write_text(json.dumps(result, indent=1) + "\n")
     if args.png:
-        draw(result, args.png)
+        draw(result, args.png, "cifar10_infpi, batch 8")
 
 
-def draw(result: dict, path: Path) -> None:
+def draw(result: dict, path: Path, title: str) -> None:
     """Time per step against rows: this package, the paper's code, and two passes over the rows at copy bandwidth."""
     import matplotlib
 
@@ -147,7 +147,7 @@ def draw(result: dict, path: Path) -> None:
     axes.loglog(rows, [step["paper_ms"] for step in steps], "s--", color="tab:gray", label="the paper's code")
     axes.loglog(rows, [step["ms"] for step in steps], "o-", color="tab:blue", label="pizoo, everything included")
     axes.loglog(rows, [step["two_pass_limit_ms"] for step in steps], "k:", label="two passes at copy bandwidth")
-    axes.set(xlabel="rows a layer, M", ylabel="milliseconds per step", title=f"cifar10_infpi, batch 8, {result['gpu']}")
+    axes.set(xlabel="rows a layer, M", ylabel="milliseconds per step", title=f"{title}, {result['gpu']}")
     axes.legend(frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=150)

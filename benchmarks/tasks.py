@@ -1,6 +1,6 @@
 """Time per outer step of the Omniglot nets (8 tasks of 5 ways, 1 shot), everything included, against the number of rows M.
 
-    python benchmarks/tasks.py [--rows 50000 500000 2000000 4000000] [--steps 200] [--json FILE]
+    python benchmarks/tasks.py [--rows 50000 500000 2000000 4000000] [--steps 200] [--json FILE] [--png FILE]
 
 Images are random (time does not depend on them); nets and settings are the recipes'. Needs a GPU.
 """
@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 from ops import copy_bandwidth
-from steps import fill
+from steps import draw, fill
 
 from pizoo.data import TaskPool, device_uniform
 from pizoo.recipes import load_recipe
@@ -54,6 +54,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, nargs="+", default=list(PAPER_MS))
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--png", type=Path)
     args = parser.parse_args()
     bandwidth = copy_bandwidth()
     report = {
@@ -84,6 +85,8 @@ def main() -> None:
         print(f"{entry}  {ms:.3f} ms  setup {setup:.1f} s", flush=True)
     if args.json:
         args.json.write_text(json.dumps(report, indent=1) + "\n")
+    if args.png:
+        draw(report, args.png, "omniglot_infpi, 8 tasks")
 
 
 if __name__ == "__main__":
