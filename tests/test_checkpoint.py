@@ -658,7 +658,6 @@ KILL = """
 import os, signal, sys
 from pathlib import Path
 import pizoo
-from pizoo import checkpoint
 from pizoo.recipes import load_recipe
 from pizoo.training import supervised
 

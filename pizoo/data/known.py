@@ -21,6 +21,7 @@ from pizoo.data import imagenet32, omniglot
 from pizoo.data.dataset import Dataset, keep_classes, take_subset
 from pizoo.data.files import channel_first, integer_labels, number_names, read_arrays, read_image_folder, read_npz
 from pizoo.data.tasks import TaskPool
+from pizoo.files import write_atomically
 
 ASSETS = Path(__file__).parents[1] / "assets"
 DIGITS_SPLITS = 10
@@ -146,13 +147,13 @@ def prepare(name: str, data_dir: str | os.PathLike | None = None) -> Path:
                 f"{name} could not be downloaded through torchvision: {error}. An existing file can be put at {path}: "
                 f"an .npz with {source.contents}"
             ) from error
-        temporary = Path(scratch) / path.name
-        with open(temporary, "wb") as file:
-            np.savez(file, **arrays)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        write_atomically(path, lambda temporary: _write_arrays(temporary, arrays))
     return path
+
+
+def _write_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
+    with open(path, "wb") as file:  # to a name, numpy would add .npz
+        np.savez(file, **arrays)
 
 
 @dataclass(frozen=True)
