@@ -563,11 +563,16 @@ def compact(
         int | None,
         typer.Option(min=1, help="Rows of each hidden layer; the read-out gets half (what --megabytes hold)."),
     ] = None,
-    megabytes: Annotated[float, typer.Option(min=0.001, help="Size of the file, at most.")] = 25.0,
-    dtype: Annotated[Literal["int8", "float16"], typer.Option(help="Of the rows; of int8 twice as many fit.")] = "int8",
+    megabytes: Annotated[
+        float | None, typer.Option(min=0.001, help="Size of the file, at most (as the recipe says, else 25).")
+    ] = None,
+    dtype: Annotated[
+        Literal["int8", "float16"] | None, typer.Option(help="Of the rows; of int8 (the default) twice as many fit.")
+    ] = None,
     views: Annotated[
-        int, typer.Option(min=1, help="Views of each image to fit to, mirrored and moved; of characters 1 does.")
-    ] = 6,
+        int | None,
+        typer.Option(min=1, help="Views of each image to fit to, mirrored and moved (as the recipe says, else 6)."),
+    ] = None,
     curve: Annotated[bool, typer.Option("--curve", help="Measure smaller sizes as well, and draw them.")] = False,
     epoch: Annotated[
         int | None, typer.Option(help="Epoch of a training checkpoint (the one it chose, else the last).")
@@ -580,7 +585,8 @@ def compact(
     from pizoo.training.compact import compact_checkpoint
     from pizoo.zoo import counted
 
-    settings = Compact(megabytes=megabytes, rows=rows, dtype=dtype, views=views)
+    given = {"megabytes": megabytes, "rows": rows, "dtype": dtype, "views": views}
+    settings = Compact(**{name: value for name, value in given.items() if value is not None})
     options = {"epoch": epoch, "data_dir": data, "device": device, "progress": err.is_terminal}
     results = compact_checkpoint(source, out_dir, settings, curve=curve, **options)
     made = results["compact"]

@@ -21,7 +21,7 @@ from pizoo.functional import unit
 from pizoo.models import InfPiMLP
 from pizoo.nn import InfPiLinear
 from pizoo.optim import PiSGD, param_groups
-from pizoo.recipes import Compact, RecipeError, load_recipe
+from pizoo.recipes import Compact, Recipe, RecipeError, load_recipe
 from pizoo.rows import scaled
 from pizoo.training.compact import compact_checkpoint, rows_within, stored_bytes
 from pizoo.training.reproduce import reproduce
@@ -440,6 +440,25 @@ def test_what_cannot_be_fitted_is_refused_before_or_in_words(digits, monkeypatch
         ValueError, match=r"a net of 13,544 \+ 13,544 rows needs no 25 MB: give fewer megabytes, or rows"
     ):
         compact_checkpoint("digits_infpi", tmp_path / "out", Compact(), device="cpu")
+
+
+def test_what_is_left_open_is_as_the_recipe_says(trained, monkeypatch, tmp_path):
+    class Asked(Exception):
+        pass
+
+    def asked(model, dataset, recipe, settings, *_):
+        raise Asked(settings.model_dump())
+
+    monkeypatch.setattr("pizoo.training.compact.compact_net", asked)
+    said, read = Compact(megabytes=3.0, views=2), Recipe.from_dict
+    monkeypatch.setattr(Recipe, "from_dict", lambda *args: read(*args).model_copy(update={"compact": said}))
+    for given, found in (
+        (Compact(), said),
+        (Compact(rows=60, views=6), said.model_copy(update={"rows": 60, "views": 6})),
+    ):
+        with pytest.raises(Asked) as raised:
+            compact_checkpoint(trained, tmp_path, given, device="cpu")
+        assert raised.value.args[0] == found.model_dump()
 
 
 def test_a_read_out_that_gives_nothing_is_made_compact():

@@ -142,6 +142,7 @@ def compact_checkpoint(
         source: an entry's name, the folder of a checkpoint, finished or in training, or where one is on the Hub.
         out: folder to write ``config.json``, ``model.safetensors``, ``probe.safetensors``, ``results.json`` and
             ``correct.safetensors``.
+        settings: what they leave out is as the recipe's part ``compact`` says, where it has one.
         curve: fit to an eighth, a quarter and half of the rows too, and draw agreement and accuracy against size.
         epoch: of a training checkpoint; None: the one its training chose, else the last.
         data_dir, device: as for :func:`pizoo.train`.
@@ -167,6 +168,7 @@ def compact_checkpoint(
         raise ValueError(
             f"epoch is {epoch}; of {source} only the epoch that its training chose has a ridge to measure it with"
         )
+    settings = (recipe.compact or Compact()).model_copy(update=settings.model_dump(exclude_unset=True))
     loaded = recipe.load_data(data_dir)
     dataset, normalize = loaded if recipe.transfer is None else loaded.source, recipe.data.normalize
     net, record = compact_net(model, dataset, recipe, settings, curve, progress)
