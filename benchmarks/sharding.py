@@ -19,7 +19,7 @@ from steps import fill
 
 from pizoo import processes
 from pizoo.data import Dataset
-from pizoo.evaluation.accuracy import choose_device
+from pizoo.memory import choose_device
 from pizoo.recipes import load_recipe
 from pizoo.training.report import hardware
 from pizoo.training.supervised import Training

@@ -19,10 +19,11 @@ import torch
 from torch import Tensor, nn
 
 from pizoo.data import Dataset, Normalize, epoch_order
-from pizoo.evaluation.accuracy import accuracy, choose_device, percent, predict
+from pizoo.evaluation.accuracy import accuracy, percent, predict
 from pizoo.evaluation.transfer import transfer_correct, validation_accuracies
 from pizoo.files import write_json
 from pizoo.functional import feature_kernel_from_postactivations
+from pizoo.memory import choose_device
 from pizoo.models.base import batched
 from pizoo.recipes import load_recipe
 from pizoo.training.report import commit, hardware

@@ -21,7 +21,8 @@ from torch import Tensor
 import pizoo
 from pizoo import checkpoint, functional, segments
 from pizoo.config import read_config
-from pizoo.evaluation.accuracy import accuracy, choose_device
+from pizoo.evaluation.accuracy import accuracy
+from pizoo.memory import choose_device
 from pizoo.recipes import Recipe, load_recipe
 
 DEPTH, RIDGE = 2, 1e-3

@@ -182,9 +182,8 @@ def _print_plan(recipe: Any, data: Path | None, device: str | None, rows_on: str
     from pizoo import processes
     from pizoo.cards import duration
     from pizoo.data import training_images
-    from pizoo.evaluation.accuracy import choose_device
     from pizoo.kernels import FACTORED, kernel_bytes
-    from pizoo.memory import HEADROOM
+    from pizoo.memory import HEADROOM, choose_device
     from pizoo.training.finetune import initial_rows, source_net
     from pizoo.training.plan import plan, samples_per_epoch
     from pizoo.training.transfer import check_measuring

@@ -1,4 +1,4 @@
-"""Memory: how much is free, host memory that a GPU reads directly, and what to say when there is none left."""
+"""Memory: on which device, how much is free, host memory that a GPU reads directly, and what to say when there is none left."""
 
 from __future__ import annotations
 
@@ -17,10 +17,33 @@ from torch import Tensor
 
 HEADROOM = 2**30  # bytes beside rows and data: workspaces, the compiler's and the allocator's own
 PINNED_BYTES = 1 << 28  # of one copy: what is page-locked is kept, and the system cannot have it back
+DEVICES = ("cpu", "cuda", "meta")  # meta: shapes without numbers
 CGROUPS = (  # limit, use, and what of the use the system takes back when asked: version 2, version 1
     (Path("/sys/fs/cgroup"), "memory.max", "memory.current", "inactive_file"),
     (Path("/sys/fs/cgroup/memory"), "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
 )
+
+
+def choose_device(device: torch.device | str | None) -> torch.device:
+    """The device asked for; None: a GPU if there is one. Where there is none to be had, with a warning, the CPU.
+
+    Raises:
+        ValueError: neither the CPU nor a CUDA device.
+    """
+    try:
+        chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError:
+        chosen = None
+    if chosen is None or chosen.type not in DEVICES:
+        raise ValueError(f"device is {str(device)!r}; it must be cpu or cuda (cuda:1 for the second GPU)")
+    if chosen.type == "cuda" and not torch.cuda.is_available():
+        warnings.warn(
+            f"device is {str(chosen)!r}, but no GPU is in reach: the CPU computes the same, slower",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+        return torch.device("cpu")
+    return chosen
 
 
 class NotEnoughMemory(RuntimeError):

@@ -24,6 +24,7 @@ from pizoo import checkpoint, hub
 from pizoo.config import CONFIG, build, read_config
 from pizoo.data import ASSETS, IMAGENET32, Normalize, dataset_path, load_dataset
 from pizoo.files import CheckpointError
+from pizoo.memory import choose_device
 from pizoo.models import InfPiMLP, KernelLearner, KernelRegressor, PiNet
 from pizoo.rows import check_place
 
@@ -190,7 +191,7 @@ def load(
         entry: a name (:func:`list_entries`), the path of a folder that holds a checkpoint, finished or in training, or where
             one is on the Hub: ``hf-hub:OWNER/NAME``, ``hf-hub:OWNER/NAME/FOLDER``, ``hf-hub:OWNER/NAME@REVISION``.
         pretrained: with its weights; False: freshly initialised.
-        device: where to; None: the CPU.
+        device: where to, cpu or cuda; None: the CPU.
         dtype: of parameters and rows; None: float32, rows as stored.
         revision: branch, tag or commit on the Hub; cards and folders on this machine have one state: None.
         epoch: of a training checkpoint, the epoch to load; None: the one its training chose, else the last.
@@ -203,12 +204,14 @@ def load(
         predicts (``attach``); where those ship with the package, it has them.
 
     Raises:
+        ValueError: a device that is neither the CPU nor a CUDA device; without a GPU, the CPU is taken with a warning.
         UnknownEntryError: neither an entry nor a folder.
         WeightsNotFoundError: its weights are not here.
         HubError: the Hub does not have it, or cannot be reached.
         CheckpointError: a checkpoint that is damaged or not what it claims.
         NotEnoughMemory: rows that fit neither the device nor the host.
     """
+    device = None if device is None else choose_device(device)
     folder = locate(entry, revision, pretrained, epoch, **fetching)
     if not pretrained:
         found = read_config(folder)

@@ -469,7 +469,7 @@ def test_errors_are_one_line(pizoo_command, tmp_path, monkeypatch):
         ("train", "cifar10_mu"): 2,
         ("train", "digits_mu", *TINY, "--out", tmp_path / "file"): 2,
         ("train", "digits_mu", *TINY, "--set", "train.lr=0.375", "--out", tmp_path / "run"): 1,
-        ("train", "digits_mu", *TINY, "--device", "toaster"): 1,
+        ("train", "digits_mu", *TINY, "--device", "toaster"): 2,
         ("evaluate", tmp_path / "run", "--epoch", 9): 1,
         ("evaluate", tmp_path): 1,
         ("predict", "digits_mu", tmp_path / "note.png"): 2,

@@ -447,3 +447,12 @@ def test_fine_tuning_with_the_ordinary_loop_lowers_the_loss_and_appends_rows(ent
 def test_a_revision_of_what_lies_on_this_machine_is_refused() -> None:
     with pytest.raises(ValueError, match=r"revision is 'main'.*no revisions"):
         pizoo.load("digits_mu", revision="main")
+
+
+def test_a_device_is_the_cpu_or_a_gpu(monkeypatch):
+    for device in ("gpu", "mps"):
+        with pytest.raises(ValueError, match=f"device is '{device}'; it must be cpu or cuda"):
+            pizoo.load("digits_infpi", device=device)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.warns(RuntimeWarning, match="device is 'cuda', but no GPU is in reach"):
+        assert pizoo.load("digits_infpi", device="cuda").output.device.type == "cpu"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -14,19 +13,6 @@ from pizoo.rows import Rows
 
 EVALUATION_BATCH = 1000
 ROUNDING = 1e-6  # points, of accuracies that are the same
-
-
-def choose_device(device: torch.device | str | None) -> torch.device:
-    """The device asked for; None: a GPU if there is one. Where there is none to be had, with a warning, the CPU."""
-    chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    if chosen.type == "cuda" and not torch.cuda.is_available():
-        warnings.warn(
-            f"device is {str(chosen)!r}, but no GPU is in reach: the CPU computes the same, slower",
-            RuntimeWarning,
-            stacklevel=3,
-        )
-        return torch.device("cpu")
-    return chosen
 
 
 @torch.no_grad()

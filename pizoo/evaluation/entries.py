@@ -13,11 +13,11 @@ from torch import Tensor, nn
 
 from pizoo import checkpoint, processes, zoo
 from pizoo.data import Dataset, TaskPool, load_tasks, read_images
-from pizoo.evaluation.accuracy import accuracy, choose_device, correct, predict
+from pizoo.evaluation.accuracy import accuracy, correct, predict
 from pizoo.evaluation.fewshot import measure_splits
 from pizoo.evaluation.transfer import described, measure_transfer
 from pizoo.files import read_json
-from pizoo.memory import explained
+from pizoo.memory import choose_device, explained
 from pizoo.models import KernelRegressor
 
 
@@ -136,7 +136,7 @@ def classify(
     Raises:
         ValueError: a net that takes no images, a file that is none.
     """
-    model = zoo.load(entry, device=None if device is None else choose_device(device), rows_on=rows_on)
+    model = zoo.load(entry, device=device, rows_on=rows_on)
     recipe = zoo.recipe_of(model.config, entry)
     data = recipe["data"]
     if recipe.get("tasks"):

@@ -13,9 +13,10 @@ from torch import Tensor
 
 from pizoo import kernels, zoo
 from pizoo.data import DataNotFoundError, Dataset, Normalize, list_datasets, load_dataset, take_subset
-from pizoo.evaluation.accuracy import choose_device, percent
+from pizoo.evaluation.accuracy import percent
 from pizoo.evaluation.features import save_feature_kernel
 from pizoo.evaluation.transfer import featured, transfer_correct, validation_accuracies
+from pizoo.memory import choose_device
 from pizoo.models import PiNet
 
 VALIDATION = 0.2  # of the training images, where ridges are to choose from

@@ -14,11 +14,12 @@ from torch import Tensor, nn
 from pizoo import checkpoint, zoo
 from pizoo.config import CONFIG, read_config
 from pizoo.data import DataNotFoundError, load_tasks
-from pizoo.evaluation.accuracy import choose_device, correct, percent, predict, within
+from pizoo.evaluation.accuracy import correct, percent, predict, within
 from pizoo.evaluation.entries import attach_training_images
 from pizoo.evaluation.fewshot import TaskAccuracy, adapter, split_correct
 from pizoo.evaluation.transfer import measure_transfer, measures_all
 from pizoo.files import CheckpointError, read_json, read_tensors
+from pizoo.memory import choose_device
 
 # Logits of the probe may differ between devices and libraries by rounding, float16 rows included.
 PROBE_TOLERANCE = 2e-3

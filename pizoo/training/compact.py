@@ -26,10 +26,11 @@ from pizoo.compaction.full import (
 )
 from pizoo.config import CONFIG, read_config
 from pizoo.data import Dataset, TaskPool
-from pizoo.evaluation.accuracy import accuracy, choose_device, percent
+from pizoo.evaluation.accuracy import accuracy, percent
 from pizoo.evaluation.entries import correct_once_loaded
 from pizoo.evaluation.fewshot import split_logits, split_pool
 from pizoo.files import CheckpointError, read_json, read_tensors, write_json, write_tensors
+from pizoo.memory import choose_device
 from pizoo.models import InfPiMLP
 from pizoo.plots import SIZES, draw_sizes
 from pizoo.recipes import Compact, Recipe

@@ -13,9 +13,10 @@ from torch import Tensor
 
 from pizoo import checkpoint
 from pizoo.cards import check_recipe, write_card
-from pizoo.evaluation.accuracy import choose_device, percent
+from pizoo.evaluation.accuracy import percent
 from pizoo.evaluation.entries import correct_once_loaded
 from pizoo.files import read_json, read_tensors, write_json, write_tensors
+from pizoo.memory import choose_device
 from pizoo.recipes import Recipe
 from pizoo.training import meta, transfer
 from pizoo.training.compact import compact_net

@@ -15,9 +15,10 @@ from torch import Tensor
 from pizoo import checkpoint
 from pizoo.config import CONFIG
 from pizoo.data import Dataset, TaskPool, TransferData
-from pizoo.evaluation.accuracy import choose_device, correct, percent, predict, standard_error
+from pizoo.evaluation.accuracy import correct, percent, predict, standard_error
 from pizoo.evaluation.fewshot import TaskAccuracy, split_correct
 from pizoo.files import CheckpointError, write_json
+from pizoo.memory import choose_device
 from pizoo.plots import CURVES, draw_curves, rows_by_epoch
 from pizoo.recipes import Recipe
 from pizoo.training.supervised import TrainResult

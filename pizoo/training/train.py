@@ -12,8 +12,8 @@ from torch import Tensor
 
 from pizoo import __version__, processes, segments
 from pizoo.data import Dataset, TaskPool, TransferData
-from pizoo.evaluation.accuracy import choose_device
 from pizoo.files import json_sha256, sha256
+from pizoo.memory import choose_device
 from pizoo.recipes import Recipe, RecipeError, load_recipe
 from pizoo.training.meta import MetaTraining, measure_kernel
 from pizoo.training.report import logging_to
