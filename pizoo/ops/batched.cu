@@ -45,8 +45,7 @@ struct Memory {
 static_assert(sizeof(Memory) <= SHARED, "the rings do not fit shared memory");
 static_assert(LATE >= (BACKWARD ? LATE_CHUNKS : 2) && EARLY >= 2, "too few chunks in a ring");
 
-// This program's samples, and where its sums go; asked for in the end again, not kept.
-__device__ __forceinline__ int samples_of(int b) { return min(SAMPLES, b - SAMPLES * (int)blockIdx.y); }
+// Where this program's sums go.
 __device__ __forceinline__ float* line_of(float* partial, int b) {
     return partial + ((long long)blockIdx.x * b + SAMPLES * blockIdx.y) * LINE;
 }

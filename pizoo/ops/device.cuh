@@ -39,10 +39,6 @@ __device__ __forceinline__ void wait(barrier_t* barrier, int phase) {
                  "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n@!done bra again;\n}"
                  ::"r"(shared_address(barrier)), "r"(phase & 1) : "memory");
 }
-template <int WARPS>
-__device__ __forceinline__ void wait_for_warps() {
-    asm volatile("bar.sync %0, %1;" ::"n"(WARPS), "n"(32 * WARPS) : "memory");
-}
 
 // The power of two at or below x; x at least 0.
 __device__ __forceinline__ float power_of_two(float x) {

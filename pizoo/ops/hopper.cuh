@@ -56,6 +56,9 @@ __device__ __forceinline__ void release(barrier_t* barrier) {
     if (threadIdx.x % 32 == 0) arrive(barrier);
 }
 
+// This program's samples of b. Asked for again where they are needed, not kept: registers are short.
+__device__ __forceinline__ int samples_of(int b) { return min(SAMPLES, b - SAMPLES * (int)blockIdx.y); }
+
 // This program's blocks: the first row of the first, from one to the next, and where rows in use end.
 struct Share {
     int first, step, count;

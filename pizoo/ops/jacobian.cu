@@ -188,7 +188,7 @@ growing_forward_jacobian(const __grid_constant__ TensorMap rows, const float* __
                          float* __restrict__ partial, int M, int b) {
     extern __shared__ __align__(1024) unsigned char bytes[];
     Memory& memory = *(Memory*)bytes;
-    const int warpgroup = threadIdx.x / LANES, first_sample = SAMPLES * blockIdx.y, samples = min(SAMPLES, b - first_sample);
+    const int warpgroup = threadIdx.x / LANES, first_sample = SAMPLES * blockIdx.y, samples = samples_of(b);
     const Share share(rows_in_use, M);
     if (share.first >= share.count) return;
     const int turns = (share.count - share.first - 1) / share.step + 1;
