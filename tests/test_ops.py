@@ -330,6 +330,7 @@ def test_kernels_in_cuda_are_for_where_bindings_compiler_and_driver_are(monkeypa
 
 
 BATCHES = [(80, 400, 400, half), (80, 384, 384, half), (80, 400, 400, brain), (80, 100, 1, half), (17, 100, 400, half)]
+BATCHES += [(16, 200, 250, half), (9, 400, 10, half)]
 
 
 @pytest.mark.parametrize("shape", BATCHES, ids=str)
@@ -355,8 +356,8 @@ def test_batches_go_to_the_kernel_for_them_where_it_can_run(monkeypatch):
         A, B = (memory.as_strided((64, n), (stride or -(-n // 8) * 8, 1)).as_subclass(LikeOnAGpu) for n in (r_out, r))
         return batched.supports(b, A, B, backward)
 
-    assert supports() and supports(dtype=brain) and supports(17) and supports(160) and supports(r=7, r_out=1)
-    assert not supports(16), "Triton keeps up with few samples"
+    assert supports() and supports(dtype=brain) and supports(9) and supports(160) and supports(r=7, r_out=1)
+    assert not supports(8), "Triton keeps up with few samples"
     assert not supports(dtype=byte) and not supports(dtype=single)
     assert not supports(stride=401) and not supports(offset=4), "rows must start at multiples of 16 bytes"
     assert not supports(r_out=500, backward=False) and not supports(r=512), "sums or inputs do not fit"
@@ -367,7 +368,7 @@ def test_batches_go_to_the_kernel_for_them_where_it_can_run(monkeypatch):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not CUDA or torch.cuda.get_device_capability() != (9, 0), reason="needs a Hopper GPU")
-@pytest.mark.parametrize("b", [17, 33, 40, 64, 65, 80, 96])
+@pytest.mark.parametrize("b", [9, 16, 17, 33, 40, 64, 65, 80, 96])
 @pytest.mark.parametrize("shape", [(400, 400), (200, 400), (400, 10)], ids=str)
 def test_the_kernel_for_batches_matches_the_definition_on_the_grid(b, shape, monkeypatch):
     from pizoo.ops import triton

@@ -2,7 +2,7 @@
 
 Few-shot training sends 80 samples (8 tasks of 10 images) through a layer. Triton cuts them into powers of two and spills what
 registers cannot hold. This kernel keeps all sums in registers, uses Hopper's own matrix products and copies, and takes up to
-80 samples in one pass over the rows.
+80 samples in one pass over the rows. For 9 samples it is ahead already, for 8 Triton's kernels are as fast.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pizoo.ops import hopper, nvrtc
 from pizoo.ops.hopper import ROWS, WIDTH, blocks_of
 
 MOST_SAMPLES, MOST_CHUNKS = 80, 7  # of a program: that many sums fit its registers
-LEAST_SAMPLES = 17  # fewer fit two of Triton's tiles
+LEAST_SAMPLES = 9  # 16 at r = 200, r_out = 250: 1.7 ms for 4,000,000 rows, both directions; Triton 3.6
 THREADS = 4 * 128
 
 
