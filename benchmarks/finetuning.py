@@ -18,6 +18,7 @@ import gc
 import statistics
 from collections.abc import Callable
 from datetime import date
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -192,27 +193,33 @@ def table(records: list[dict[str, Any]]) -> str:
 
 
 def draw(records: list[dict[str, Any]], path: Path) -> None:
-    """Test accuracy against steps, a panel for every source and target, a line for every contender and number of epochs."""
+    """Test accuracy against steps: a panel for every source and target, a line for every contender and number of epochs."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
+    from matplotlib.ticker import EngFormatter
 
-    colours = {SCRATCH: "tab:gray", TUNED: "tab:blue", FROZEN: "tab:orange"}
-    pairs = sorted({(one["source"], one["target"]) for one in records})
-    figure, panels = pyplot.subplots(1, len(pairs), figsize=(5.2 * len(pairs), 4), layout="constrained", squeeze=False)
-    for axes, pair in zip(panels[0], pairs, strict=True):
-        theirs = [one for one in records if (one["source"], one["target"]) == pair]
-        longest = max(one["epochs"] for one in theirs)
-        for one in theirs:
+    colours, markers = {SCRATCH: "tab:gray", TUNED: "tab:blue", FROZEN: "tab:orange"}, "oDs^v"
+    titles = [
+        f"{one['source']} to {one['target']}" + f", {one['subset']} images" * bool(one["subset"]) for one in records
+    ]
+    shown = list(dict.fromkeys(titles))
+    figure, panels = pyplot.subplots(1, len(shown), figsize=(5.6 * len(shown), 4), layout="constrained", squeeze=False)
+    for axes, title in zip(panels[0], shown, strict=True):
+        theirs = [one for one, its in zip(records, titles, strict=True) if its == title]
+        for one, marker in zip(sorted(theirs, key=lambda one: -one["epochs"]), cycle(markers)):
+            epochs = f"{one['epochs']} epoch" + "s" * (one["epochs"] > 1)
             for name, found in one["contenders"].items():
-                curves = list(zip(*(run["curve"] for run in found["seeds"]), strict=True))
-                means, errors = map(statistics.fmean, curves), [standard_error(list(values)) for values in curves]
-                label = name if one["epochs"] == longest else None
-                steps = found["seeds"][0]["steps"]
-                axes.errorbar(steps, list(means), errors, fmt="o-", markersize=3, color=colours[name], label=label)
-        axes.set(xlabel="steps", ylabel="test accuracy in percent", title=f"{pair[0]} to {pair[1]}", xlim=(0, None))
-        axes.legend(frameon=False)
+                after = list(zip(*(run["curve"] for run in found["seeds"]), strict=True))
+                means, errors = [statistics.fmean(a) for a in after], [standard_error(list(a)) for a in after]
+                options = {"color": colours[name], "label": f"{name}, {epochs}"}
+                axes.errorbar(
+                    found["seeds"][0]["steps"], means, errors, fmt=f"{marker}-", markersize=4, capsize=2, **options
+                )
+        axes.set(xlabel="steps", ylabel="test accuracy in percent", title=title, xlim=(0, None))
+        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+        axes.legend(frameon=False, fontsize="small")
         axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=130, metadata={"Software": None})
     pyplot.close(figure)
