@@ -29,6 +29,7 @@ from pizoo.data import Dataset, fingerprint, split_validation
 from pizoo.evaluation.accuracy import standard_error
 from pizoo.files import json_sha256, read_json, write_json
 from pizoo.memory import choose_device
+from pizoo.plots import drawn
 from pizoo.recipes import Recipe, RecipeError, decisive, load_recipe
 from pizoo.training.finetune import initial_rows
 from pizoo.training.report import commit, hardware
@@ -36,6 +37,7 @@ from pizoo.training.supervised import TrainingDiverged
 from pizoo.training.train import train
 
 SCRATCH, TUNED, FROZEN = "from scratch", "fine-tuned", "frozen trunk"
+COLOURS = {SCRATCH: "k", TUNED: "C0", FROZEN: "C1"}
 SEEDS = (0, 1, 2)
 VALIDATION = 0.1  # of the target's training images, held out to choose a learning rate
 RUNGS_A_DECADE = 2  # of the ladder of rates, whose rung 0 is the recipe's
@@ -192,37 +194,34 @@ def table(records: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def draw(records: list[dict[str, Any]], path: Path) -> None:
+def draw_curves(records: list[dict[str, Any]], path: Path) -> None:
     """Test accuracy against steps: a panel for every source and target, a line for every contender and number of epochs."""
-    import matplotlib
+    panels: dict[str, list[dict[str, Any]]] = {}
+    for one in records:
+        images = f", {one['subset']} images" if one["subset"] else ""
+        panels.setdefault(f"{one['source']} to {one['target']}{images}", []).append(one)
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-    from matplotlib.ticker import EngFormatter
+    def draw(*every) -> None:
+        from matplotlib.ticker import EngFormatter
 
-    colours, markers = {SCRATCH: "tab:gray", TUNED: "tab:blue", FROZEN: "tab:orange"}, "oDs^v"
-    titles = [
-        f"{one['source']} to {one['target']}" + f", {one['subset']} images" * bool(one["subset"]) for one in records
-    ]
-    shown = list(dict.fromkeys(titles))
-    figure, panels = pyplot.subplots(1, len(shown), figsize=(5.6 * len(shown), 4), layout="constrained", squeeze=False)
-    for axes, title in zip(panels[0], shown, strict=True):
-        theirs = [one for one, its in zip(records, titles, strict=True) if its == title]
-        for one, marker in zip(sorted(theirs, key=lambda one: -one["epochs"]), cycle(markers)):
-            epochs = f"{one['epochs']} epoch" + "s" * (one["epochs"] > 1)
-            for name, found in one["contenders"].items():
-                after = list(zip(*(run["curve"] for run in found["seeds"]), strict=True))
-                means, errors = [statistics.fmean(a) for a in after], [standard_error(list(a)) for a in after]
-                options = {"color": colours[name], "label": f"{name}, {epochs}"}
-                axes.errorbar(
-                    found["seeds"][0]["steps"], means, errors, fmt=f"{marker}-", markersize=4, capsize=2, **options
-                )
-        axes.set(xlabel="steps", ylabel="test accuracy in percent", title=title, xlim=(0, None))
-        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
-        axes.legend(frameon=False, fontsize="small")
-        axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=130, metadata={"Software": None})
-    pyplot.close(figure)
+        for axes, (title, theirs) in zip(every, panels.items(), strict=True):
+            for one, marker in zip(sorted(theirs, key=lambda one: -one["epochs"]), cycle("oDs^v")):
+                for name, found in one["contenders"].items():
+                    draw_contender(
+                        axes, f"{name}, epochs: {one['epochs']}", found["seeds"], f"{COLOURS[name]}{marker}-"
+                    )
+            axes.set(xlabel="steps", ylabel="test accuracy in percent", title=title, xlim=(0, None))
+            axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+            axes.legend(frameon=False, fontsize="small")
+
+    drawn(path, draw, len(panels))
+
+
+def draw_contender(axes, label: str, runs: list[dict[str, Any]], style: str) -> None:
+    """Mean over seeds after every epoch, with its standard error."""
+    after = list(zip(*(run["curve"] for run in runs), strict=True))
+    means, errors = [statistics.fmean(each) for each in after], [standard_error(list(each)) for each in after]
+    axes.errorbar(runs[0]["steps"], means, errors, fmt=style, markersize=4, capsize=2, label=label)
 
 
 def merged(record: dict[str, Any], before: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -250,7 +249,7 @@ def main() -> None:
     if args.json is not None:
         records = merged(records[0], read_json(args.json)["comparisons"] if args.json.exists() else [])
         write_json(args.json, {"comparisons": records})
-        draw(records, args.json.with_suffix(".png"))
+        draw_curves(records, args.json.with_suffix(".png"))
     print(table(records), flush=True)
 
 
