@@ -7,7 +7,8 @@ read-out, all layers trained; the same with all layers but the read-out frozen. 
 cosine schedule down to zero over these steps; data and pixels' normalisation are those of the target's entries. Every contender
 has its own learning rate: a tenth of the target's training images is held out, and what a training on the others scores there
 decides, on a ladder of rates that is climbed until the best rung has a worse one on either side. With it the whole training set
-is learned, with three seeds; the test images are looked at in these trainings only.
+is learned, with three seeds; should one of them diverge, the next best rate takes its place. The test images are looked at in
+these trainings only.
 
 Finished trainings are kept in ``--runs``, so that the same command goes on where it was stopped. Each call adds its comparison
 to the JSON file and draws all that are in it beside it. Minutes on a GPU; ``--subset 2000`` shows the way on a CPU.
@@ -41,8 +42,8 @@ COLOURS = {SCRATCH: "k", TUNED: "C0", FROZEN: "C1"}
 SEEDS = (0, 1, 2)
 VALIDATION = 0.1  # of the target's training images, held out to choose a learning rate
 RUNGS_A_DECADE = 2  # of the ladder of rates, whose rung 0 is the recipe's
-FIRST_RUNGS = (-1, 0, 1)
-MOST_RUNGS = 6
+FIRST_RUNGS = (-2, 0, 2)
+MOST_RUNGS = {2: 5, 1: 7}  # tried in all, when steps of two and then of one rung have been taken
 
 
 class Comparison:
@@ -128,11 +129,8 @@ class Comparison:
         held_out, contenders = split_validation(dataset, VALIDATION), {}
         for contender in (SCRATCH, TUNED, FROZEN):
             tried = climbed(lambda rung: self.trained("held-out", contender, rung, 0, held_out)["accuracy"])  # noqa: B023
-            rung = best(tried)
-            runs = [self.trained("test", contender, rung, seed, dataset) for seed in SEEDS]
+            rung, runs = self._settled(contender, tried, dataset)
             accuracies = [run["accuracy"] for run in runs]
-            if None in accuracies:
-                raise TrainingDiverged(f"{contender} with lr {self._lr(rung)} diverged on the whole training set")
             contenders[contender] = {
                 "lr": self._lr(rung),
                 "tried": [{"lr": self._lr(rung), "validation_accuracy": tried[rung]} for rung in sorted(tried)],
@@ -162,25 +160,44 @@ class Comparison:
             "date": date.today().isoformat(),
         }
 
+    def _settled(self, contender: str, tried: dict[int, float | None], dataset: Dataset) -> tuple[int, list[dict]]:
+        """The best rung with which no seed diverges on the whole training set, and what the seeds came to."""
+        left = dict(tried)
+        while left:
+            rung, runs = best(left), []
+            for seed in SEEDS:
+                runs.append(self.trained("test", contender, rung, seed, dataset))
+                if runs[-1]["accuracy"] is None:
+                    break
+            else:
+                return rung, runs
+            del left[rung]
+        raise TrainingDiverged(f"{contender} diverges with every learning rate tried")
+
     def _lr(self, rung: int) -> float:
         return self.recipe(SCRATCH, rung, 0).train.lr
 
 
 def climbed(score: Callable[[int], float | None]) -> dict[int, float | None]:
-    """The rungs of the ladder that were tried, with their scores (None: diverged): the first ones, then, as long as the best
-    has a neighbour that was not tried and there are not too many, that one."""
+    """The rungs of the ladder that were tried, with their scores (None: diverged).
+
+    In long steps first, on from the best as long as a neighbour of it was not tried, so that a plateau of nets that have not
+    begun to learn is left; in short ones then.
+    """
     tried = {rung: score(rung) for rung in FIRST_RUNGS}
-    while len(tried) < MOST_RUNGS:
-        beside = [rung for rung in (best(tried) - 1, best(tried) + 1) if rung not in tried]
-        if not beside:
-            break
-        tried[beside[0]] = score(beside[0])
+    for step, most in MOST_RUNGS.items():
+        while len(tried) < most:
+            beside = [rung for rung in (best(tried) + step, best(tried) - step) if rung not in tried]
+            if not beside:
+                break
+            tried[beside[0]] = score(beside[0])
     return tried
 
 
 def best(tried: dict[int, float | None]) -> int:
-    """The rung with the highest score, the lowest of equals."""
-    return max(tried, key=lambda rung: (-1.0 if tried[rung] is None else tried[rung], -rung))
+    """The rung with the highest score, the highest of equals; if all diverged, the lowest."""
+    scored = {rung: value for rung, value in tried.items() if value is not None}
+    return max(scored, key=lambda rung: (scored[rung], rung)) if scored else min(tried)
 
 
 def table(records: list[dict[str, Any]]) -> str:
