@@ -58,7 +58,7 @@ def draw_curves(
             right.axhline(published, color="black", linestyle=":", linewidth=1, label="published")
         right.legend(frameon=False)
 
-    return _drawn(path, draw)
+    return drawn(path, draw)
 
 
 def draw_sizes(path: Path, record: dict[str, Any]) -> bool:
@@ -86,18 +86,18 @@ def draw_sizes(path: Path, record: dict[str, Any]) -> bool:
             axes.set_xticks(megabytes, [f"{size:.1f}" for size in megabytes])
             axes.minorticks_off()
 
-    return _drawn(path, draw)
+    return drawn(path, draw)
 
 
-def _drawn(path: Path, draw: Callable[[Any, Any], None]) -> bool:
-    """Write what ``draw`` puts on two axes; False, and a warning, without matplotlib."""
+def drawn(path: Path, draw: Callable[..., None], panels: int = 2) -> bool:
+    """Write what ``draw`` puts on so many axes, side by side, as a PNG; False, and a warning, without matplotlib."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
         log.warning("no %s: drawing it needs matplotlib (pip install 'pizoo[extras]')", path)
         return False
-    figure = Figure(figsize=(10, 3.8), layout="constrained")
-    axes = figure.subplots(1, 2)
+    figure = Figure(figsize=(5 * panels, 3.8), layout="constrained")
+    (axes,) = figure.subplots(1, panels, squeeze=False)
     draw(*axes)
     for each in axes:
         each.spines[["top", "right"]].set_visible(False)

@@ -150,7 +150,7 @@ def test_accuracies_of_a_growing_net_are_drawn_against_its_rows(monkeypatch):
     card = zoo.card("cifar10_infpi")
     results = json.loads((card / "results.json").read_text())
     left, right = Figure().subplots(1, 2)
-    monkeypatch.setattr(plots, "_drawn", lambda path, draw: draw(left, right))
+    monkeypatch.setattr(plots, "drawn", lambda path, draw: draw(left, right))
     plots.draw_curves(card / "none.png", results["seeds"], 61.5, plots.rows_by_epoch(results["history"]))
     for line, run in zip(right.lines, results["seeds"], strict=False):  # then the published number
         assert list(line.get_xdata()) == [400 + 50_000 * epoch for epoch in range(1, 51)]
