@@ -61,8 +61,21 @@ def _leave_processes(*_: Any, **__: Any) -> None:
     processes.leave()
 
 
+def _show_version(asked: bool) -> None:
+    from pizoo import __version__
+
+    if asked:
+        out.print(f"pizoo {__version__}", highlight=False)
+        raise typer.Exit
+
+
 @app.callback(result_callback=_leave_processes)
-def _in_processes(context: typer.Context) -> None:
+def _in_processes(
+    context: typer.Context,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
     from pizoo import processes
 
     if processes.started() > 1 and context.invoked_subcommand not in IN_PROCESSES:
@@ -355,7 +368,7 @@ def kernel(
 @app.command()
 def predict(
     entry: Entry,
-    images: Annotated[list[Path], typer.Argument(help="Image files.", exists=True, dir_okay=False)],
+    images: Annotated[list[Path], typer.Argument(help="Image files.", exists=True)],
     device: Device = None,
     top: Annotated[int, typer.Option(min=1, help="Classes to show per image.")] = 3,
     rows_on: RowsOn = "auto",
@@ -363,6 +376,9 @@ def predict(
     """Classify image files, resized to the net's input size."""
     from pizoo.evaluation.entries import classify
 
+    for image in images:
+        if image.is_dir():
+            raise ValueError(f"{image} is a folder; name the image files in it: {image}/*.png")
     rows = [
         (str(image), *(escape(f"{name} {score:.3g}") for name, score in ranked))
         for image, ranked in zip(images, classify(entry, images, device=device, top=top, rows_on=rows_on), strict=True)
@@ -507,6 +523,7 @@ def card(
     from pizoo.recipes import list_recipes, load_recipe
     from pizoo.zoo import TUNED
 
+    _check_in_clone(cards)
     for entry in _entries(entries, list_recipes()):
         refresh(cards / entry, load_recipe(entry))
         if (cards / entry / TUNED).is_dir():
@@ -522,6 +539,7 @@ def overview(
     """Write the table of the whole zoo again, after cards have changed: into the folder of the cards and the README."""
     from pizoo.overview import write_overview
 
+    _check_in_clone(cards, readme)
     for path in write_overview(cards, readme):
         out.print(f"wrote {path}")
 
@@ -635,6 +653,15 @@ def data_prepare(
     from pizoo.data import prepare
 
     out.print(f"wrote {prepare(name, data)}")
+
+
+def _check_in_clone(cards: Path, readme: Path | None = None) -> None:
+    """Raise ValueError unless what is to be written again is there: by default it is at the top of a clone."""
+    for path, option in ((cards, "--cards FOLDER"), (readme, "--readme FILE")):
+        if path is not None and not path.exists():
+            raise ValueError(
+                f"{path} is not in {Path.cwd()}: run this at the top of a clone of pizoo, or give {option}"
+            )
 
 
 def _entries(patterns: list[str], names: list[str] | None = None) -> list[str]:

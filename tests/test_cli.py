@@ -171,7 +171,9 @@ def test_verify_says_what_it_measured_on_fewer_images(pizoo_command):
     shown = pizoo_command("verify", "digits_mu", "digits_ntk", "--images", 20)
     assert shown.code == 0 and "of the first 20 test images" in shown.out
     assert pizoo_command("verify", "digits_mu", "--images", 20, "--quick").code == 2
-    assert "of the first 449 test images" in pizoo_command("verify", "digits_mu", "--images", 100_000).out
+    assert "of the first 449 test images, as" in pizoo_command("verify", "digits_mu", "--images", 449).out
+    more = pizoo_command("verify", "digits_mu", "--images", 100_000)
+    assert more.code == 0 and "of the first 449 test images, all there are, as recorded" in more.out
 
 
 def test_train_goes_on_after_an_interruption_as_it_says(pizoo_command, tmp_path, monkeypatch):
@@ -503,9 +505,56 @@ def test_a_download_that_fails_says_so_in_one_line(pizoo_command, monkeypatch):
     assert shown.code == 1 and one_line(shown.err) and "no network" in shown.err
 
 
-def test_it_runs_as_a_module():
-    done = subprocess.run([sys.executable, "-m", "pizoo.cli", "verify", "nonsense"], capture_output=True, text=True)
+@pytest.mark.parametrize("module", ["pizoo", "pizoo.cli"])
+def test_it_runs_as_a_module(module):
+    done = subprocess.run([sys.executable, "-m", module, "verify", "nonsense"], capture_output=True, text=True)
     assert done.returncode == 2 and one_line(done.stderr)
+
+
+def test_the_version_is_the_packages(pizoo_command):
+    shown = pizoo_command("--version")
+    assert (shown.code, shown.out.strip()) == (0, f"pizoo {pizoo.__version__}")
+
+
+def test_what_is_wrong_is_told_with_what_to_do_instead(pizoo_command, tmp_path):
+    (tmp_path / "runs" / "k").mkdir(parents=True)
+    own_run(tmp_path)  # which makes a data set of vectors, and no run yet
+    own = tmp_path / "mine.npz"
+    wrong = {
+        ("overview",): f"model_cards is not in {tmp_path}: run this at the top of a clone",
+        ("card", "digits_mu"): "model_cards is not in",
+        ("overview", "--cards", "runs"): "run this at the top of a clone of pizoo, or give --readme FILE",
+        ("train", "runs/k"): "runs/k is a folder; a recipe is an entry's name or a .yaml file.",
+        ("train", "nosuch.yaml"): "there is no recipe nosuch.yaml; `pizoo list` shows the entries",
+        ("train", "digits_my.yaml"): "there is no recipe digits_my.yaml; did you mean 'digits_mu'?",
+        ("train", "zzz"): "no recipe is called 'zzz'; `pizoo list` shows the entries",
+        ("verify", "zzz"): "no entry is called 'zzz'; `pizoo list`, or pizoo.list_entries(), gives their names",
+        ("evaluate", "infpi_mlp_r64.digits"): "timm calls 'digits_infpi' so",
+        ("predict", "digits_mu", "runs"): "runs is a folder; name the image files in it: runs/*.png",
+        ("kernel", "digits_mu", "--ridge", 1, "--on", own): "has items of size [5]; the net takes [1, 8, 8]",
+    }
+    for arguments, message in wrong.items():
+        shown = pizoo_command(*arguments)
+        assert shown.code == 2 and one_line(shown.err) and message in shown.err, (arguments, shown.err)
+    for entry in filter(untrained, pizoo.list_entries()):
+        shown = pizoo_command("verify", entry)
+        assert shown.code == 3 and f"`pizoo train {entry}`" in shown.out
+
+
+@pytest.mark.parametrize(
+    "reason",
+    [("train.freeze=[input, readout]", "model.hidden_layers=1"), ("train.init_from=digits_mu", "model.width=64")],
+)
+def test_a_training_that_is_refused_leaves_nothing_behind(pizoo_command, tmp_path, reason):
+    command = ("train", "digits_mu", *TINY, *(word for override in reason for word in ("--set", override)))
+    shown = pizoo_command(*command)
+    assert shown.code == 2 and one_line(shown.err) and not (tmp_path / "runs").exists()
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.txt").write_text("of mine")
+    pizoo_command(*command, "--out", tmp_path / "mine")
+    assert [path.name for path in (tmp_path / "mine").iterdir()] == ["notes.txt"]
+    pizoo_command("train", "digits_mu", *TINY, "--out", tmp_path / "mine" / "run")
+    assert {"train.log", "train.lock"} <= {path.name for path in (tmp_path / "mine" / "run").iterdir()}
 
 
 # convert

@@ -348,6 +348,9 @@ REFUSED = {
     "train.clip.norm=1": "train.clip.norm: unknown key; did you mean 'max_norm'?",
     "optimizer=adam": "optimizer: unknown key; allowed: compact, data, description, differs",
     "extends=digits": "extends: unknown key",
+    "epochs=3": "epochs: unknown key; did you mean 'train.epochs'?",
+    "model.subset=3": "model.subset: unknown key; did you mean 'data.subset'?",
+    "name=mine": "name: unknown key; did you mean 'data.name' or 'train.schedule.name'?",
     "train.lr='0.1'": "train.lr: found '0.1'; must be a valid number",
     "train.lr=true": "train.lr: found true; must be a valid number",
     "train.lr=fast": "train.lr: found 'fast'; must be a valid number",
@@ -509,6 +512,8 @@ def test_all_that_is_wrong_is_said_at_once(write):
 def test_an_unknown_entry_offers_the_nearest(write):
     with pytest.raises(RecipeError, match="no recipe is called 'cifar10_infpy'; did you mean 'cifar10_infpi'"):
         load_recipe("cifar10_infpy")
+    with pytest.raises(RecipeError, match="no recipe is called 'zzz'; `pizoo list` shows the entries"):
+        load_recipe("zzz")
     with pytest.raises(RecipeError, match=r"mine\.yaml: extends: .* 'cifer10'; did you mean 'cifar10'"):
         load_recipe(write("extends: cifer10"))
     with pytest.raises(RecipeError, match=r"extends: no recipe or common part is called \[1\]"):

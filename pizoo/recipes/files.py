@@ -20,7 +20,7 @@ from typing import Any
 import yaml
 
 import pizoo
-from pizoo.recipes.messages import RecipeError, nearest, show
+from pizoo.recipes.messages import RecipeError, nearest_entry, show
 from pizoo.recipes.recipe import ENTRYS_OWN, Recipe
 
 
@@ -38,11 +38,12 @@ def load_recipe(entry_or_path: str | os.PathLike, overrides: Iterable[str] = ())
 
     Raises:
         FileNotFoundError: no file at that path.
-        RecipeError: an unknown entry or key, a wrong type, an impossible value.
+        RecipeError: a folder; an unknown entry or key, a wrong type, an impossible value.
     """
     text = os.fspath(entry_or_path)
     if isinstance(entry_or_path, os.PathLike) or Path(text).suffix in (".yaml", ".yml") or Path(text).name != text:
         path = Path(text).expanduser()
+        _check_file(path)
     else:
         path = _named(text, {entry: recipes_dir() / f"{entry}.yaml" for entry in list_recipes()}, "no recipe is called")
     raw = _read(path)
@@ -51,6 +52,16 @@ def load_recipe(entry_or_path: str | os.PathLike, overrides: Iterable[str] = ())
         raw = _merge(raw, _parse_override(override))
         source += f" with {override}"
     return Recipe.from_dict(raw, source)
+
+
+def _check_file(path: Path) -> None:
+    if path.is_dir():
+        raise RecipeError(
+            f"{path} is a folder; a recipe is an entry's name or a .yaml file. A training in a folder goes on with the command "
+            f"that began it, --out {path}"
+        )
+    if not path.exists():
+        raise FileNotFoundError(f"there is no recipe {path}; {nearest_entry(path.stem, list_recipes())}")
 
 
 def recipes_dir() -> Path:
@@ -126,7 +137,7 @@ def _read(path: Path, chain: tuple[Path, ...] = ()) -> dict[str, Any]:
 def _named(name: Any, known: Mapping[str, Path], complaint: str) -> Path:
     if isinstance(name, str) and name in known:
         return known[name]
-    raise RecipeError(f"{complaint} {show(name)}; {nearest(name, known)}")
+    raise RecipeError(f"{complaint} {show(name)}; {nearest_entry(name, known)}")
 
 
 _KIND_KEYS = {("model",): "kind", ("train", "schedule"): "name"}
