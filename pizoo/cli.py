@@ -200,6 +200,7 @@ def _print_plan(recipe: Any, data: Path | None, device: str | None, rows_on: str
     from pizoo.training.finetune import initial_rows, source_net
     from pizoo.training.plan import plan, samples_per_epoch
     from pizoo.training.transfer import check_measuring
+    from pizoo.training.trial import step_seconds
 
     if recipe.train is None:
         raise ValueError(f"{recipe.entry} is a kernel, which is not trained: there is no training to plan")
@@ -207,6 +208,9 @@ def _print_plan(recipe: Any, data: Path | None, device: str | None, rows_on: str
     samples, tested = (samples_per_epoch(recipe), 0) if recipe.tasks else _images(recipe, data)
     first = initial_rows(source_net(recipe))
     planned = plan(recipe, samples, chosen, estimate_time=True, rows_on=rows_on, first=first, tested=tested)
+    seconds = planned.seconds
+    if seconds is None and planned.needed <= planned.available:
+        seconds = planned.steps * step_seconds(recipe, samples, chosen)
     row = (
         recipe.entry,
         f"{planned.steps:,}",
@@ -214,7 +218,7 @@ def _print_plan(recipe: Any, data: Path | None, device: str | None, rows_on: str
         planned.rows_on if planned.rows else "–",
         f"{planned.needed / 2**30:.2f} GiB",
         f"{planned.available / 2**30:.1f} GiB",
-        "–" if planned.seconds is None else f"about {duration(planned.seconds)}",
+        "–" if seconds is None else f"about {duration(seconds)}",
     )
     columns = ("entry", "steps", "rows a layer", "rows on", "memory needed", "free", "time")
     _print_table(columns, [row], caption=None)

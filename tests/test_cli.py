@@ -23,8 +23,9 @@ from pizoo.config import read_config
 from pizoo.data import load_dataset
 from pizoo.files import CheckpointError, read_tensors, write_tensors
 from pizoo.models import InfPiMLP
-from pizoo.recipes import Compact
+from pizoo.recipes import Compact, load_recipe
 from pizoo.training.compact import compact_checkpoint
+from pizoo.training.trial import step_seconds
 
 README = Path(__file__).parent.parent / "README.md"
 TINY = ("--set", "data.subset=200", "--set", "train.epochs=2")
@@ -592,6 +593,35 @@ def test_a_plan_needs_no_data(pizoo_command, tmp_path):
         "train", "cifar10_mu", "--dry-run", "--data", tmp_path, "--set", "data.keep=[1, 2]", "--set", "data.classes=2"
     )
     assert missing.code == 2 and "cifar10 is not at" in missing.err
+
+
+def test_a_plan_says_how_long_a_finite_net_will_take(pizoo_command, tmp_path):
+    command = ("train", "digits_mu", "--set", "train.epochs=3", "--out", tmp_path / "run")
+    assert pizoo_command(*command).code == 0
+    took = json.loads((tmp_path / "run" / "results.json").read_text())["train_seconds"]
+    recipe = load_recipe("digits_mu")
+    said = step_seconds(recipe, 1348, torch.device("cpu")) * 3 * 169
+    assert took / 5 < said < 5 * took  # other processes may have come or gone
+    planned = pizoo_command("train", "digits_mu", "--dry-run", "--out", tmp_path / "none")
+    assert planned.code == 0 and re.search(r"about [\d.]+ s", planned.out) and not (tmp_path / "none").exists()
+
+
+def test_more_tasks_a_step_are_seen_to_take_longer():
+    few, many = (["model.width=64", f"train.batch_size={size}"] for size in (2, 128))
+    short, long = (step_seconds(load_recipe("omniglot_mu", s), 0, torch.device("cpu")) for s in (few, many))
+    assert 0 < short < long
+
+
+@pytest.mark.parametrize(
+    ("entry", "why"), [("digits_infpi", "in host memory as it is, on a CPU"), ("digits_mu", "of this kind has no rows")]
+)
+def test_rows_on_the_host_where_that_changes_nothing_is_said(pizoo_command, entry, why):
+    for arguments in ((*TINY, "--device", "cpu"), ("--dry-run", "--device", "cpu")):
+        found = pizoo_command("train", entry, *arguments, "--rows-on", "host")
+        assert (
+            found.code == 0 and f"{entry}: rows_on is 'host', which changes nothing" in found.err and why in found.err
+        )
+    assert pizoo_command("train", entry, "--dry-run", "--device", "cpu").err == ""
 
 
 def test_a_kernel_goes_to_a_file_or_into_a_regression(pizoo_command, tmp_path):
