@@ -147,6 +147,29 @@ def test_a_long_path_goes_on_in_the_next_line_and_no_column_is_cut(pizoo_command
     assert table[0].split()[1:3] == ["verified", "probe"]
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [("list",), ("verify", "--quick", "digits_*", "imagenet32_mu"), ("train", "imagenet32_infpi_r200", "--dry-run")],
+)
+def test_in_80_columns_no_word_is_broken_and_what_is_left_out_is_named(pizoo_command, monkeypatch, arguments):
+    def lines(width):
+        monkeypatch.setattr(cli, "out", Console(width=width))
+        shown = pizoo_command(*arguments).out
+        return shown, [line for line in shown.splitlines() if re.match(r"[a-z0-9]+_\w+  ", line)]
+
+    wide, narrow = lines(200), lines(80)
+    measured = re.compile(r"[\d.]+ (s|min|hours|days|GiB)\b")  # anew each time
+
+    def cells(line):
+        return set(re.split(r"\s{2,}", measured.sub("MEASURED", line).strip()))
+
+    assert all(len(line) <= 80 for line in narrow[1]) and len(narrow[1]) == len(wide[1]) > 0
+    for cut, whole in zip(narrow[1], wide[1], strict=True):
+        assert cells(cut) <= cells(whole)
+    left_out = re.search(r"no room here for: (.*)", narrow[0])[1].split(", ")
+    assert "no room" not in wide[0] and all(f"  {column}" in wide[0] for column in left_out)
+
+
 def test_help_says_what_quick_checks(pizoo_command):
     shown = " ".join(re.sub(r"[│╭╮╰╯─]", " ", pizoo_command("verify", "--help").out).split())
     assert "Of kernel entries it checks what a few training images contribute" in shown
