@@ -42,6 +42,14 @@ def test_the_table_has_a_row_for_every_entry_with_its_recorded_mean_and_links_th
             assert f"{read_json(zoo.card(entry) / checkpoint.RESULTS)['mean_accuracy']:.2f}" in row[4]
 
 
+def test_the_tables_verdicts_are_those_of_verify():
+    told = dict(re.findall(r"^\| \[`(\w+)`\](?:[^|]*\|){5} ([^|]*) \|", overview.table(CARDS), re.MULTILINE))
+    assert told.keys() == set(zoo.list_entries())
+    for entry in zoo.list_entries():
+        verdict = pizoo.verify(entry, quick=True).reproduction
+        assert told[entry] == ("–" if verdict.startswith("no ") else verdict)
+
+
 def test_a_text_without_a_place_for_the_table_is_refused(tmp_path):
     (tmp_path / "README.md").write_text("# Nothing\n")
     with pytest.raises(CheckpointError, match="has no place for the table"):

@@ -179,14 +179,12 @@ def verify(
     except KeyError as error:
         outcome = _Outcome("mismatch", f"{folder} does not record {error}: it is damaged, or was changed by hand")
     recipe = config.get("recipe") or {}
-    published = (recipe.get("published") or {}).get("accuracy")
-    mean = results.get("mean_accuracy", results.get("accuracy"))
-    tolerance = (recipe.get("tolerance") or {}).get("reproduce") or 1.0
+    published, mean = (recipe.get("published") or {}).get("accuracy"), recorded_mean(results)
     return VerifyReport(
         entry=str(entry),
         check="probe" if quick else _checked(results, images, there, device),
         **outcome._asdict(),
-        reproduction=_reproduction(mean, published, tolerance),
+        reproduction=reproduction(recipe, results),
         mean=mean,
         standard_error=results.get("standard_error"),
         seeds=len(results.get("seeds") or []) or int("accuracy" in results),
@@ -336,7 +334,15 @@ def _recorded_correct(folder: Path, results: dict[str, Any]) -> dict[str, Tensor
     return found
 
 
-def _reproduction(mean: float | None, published: float | None, tolerance: float) -> Reproduction:
+def recorded_mean(results: dict[str, Any]) -> float | None:
+    """Accuracy over seeds in percent that ``results.json`` records; None: none."""
+    return results.get("mean_accuracy", results.get("accuracy"))
+
+
+def reproduction(recipe: dict[str, Any], results: dict[str, Any]) -> Reproduction:
+    """Whether our training reproduces the paper: the recorded mean against the number that the recipe says is published."""
+    mean, published = recorded_mean(results), (recipe.get("published") or {}).get("accuracy")
+    tolerance = (recipe.get("tolerance") or {}).get("reproduce") or 1.0
     if published is None:
         return "no published number"
     if mean is None:
