@@ -119,6 +119,20 @@ def test_the_readmes_example_of_own_images_does_what_it_says(pizoo_command, read
     assert pizoo_command("verify", "runs/mine").code == 0
 
 
+def test_the_readmes_fine_tuning_beats_a_frozen_trunk_and_a_fresh_start(pizoo_command, tmp_path):
+    text = README.read_text().partition("**Fine-tuning**")[2]
+    recipe, commands = (re.search(rf"```{kind}\n(.*?)```", text, re.DOTALL).group(1) for kind in ("yaml", "sh"))
+    (tmp_path / "high.yaml").write_text(recipe)
+    source, tuned, scratch = (shlex.split(line, comments=True)[1:] for line in commands.splitlines())
+    accuracies = []
+    for command in (source, tuned, scratch, (*tuned, "--freeze", "input,hidden", "--out", "runs/frozen")):
+        assert (shown := pizoo_command(*command)).code == 0, shown.err
+        folder = Path(command[command.index("--out") + 1] if "--out" in command else "runs/high")
+        accuracies.append(json.loads((folder / "results.json").read_text())["accuracy"])
+    _, tuned_accuracy, scratch_accuracy, frozen_accuracy = accuracies
+    assert tuned_accuracy > scratch_accuracy + 4 and tuned_accuracy > frozen_accuracy
+
+
 @pytest.mark.parametrize(
     ("shape", "stated"), [((32, 32, 3), {}), ((16,), {"input_size": [16], "scale": 1.0, "mean": None, "std": None})]
 )

@@ -305,6 +305,12 @@ def test_a_published_number_belongs_to_the_entry_that_states_it(write):
         load_recipe(write("extends: cifar10_infpi\ndescription: mine"))
 
 
+def test_a_description_may_be_left_out_where_there_is_one_to_point_to(write):
+    assert load_recipe(write("extends: cifar10_infpi\nentry: mine")).description == "After the recipe cifar10_infpi"
+    with pytest.raises(RecipeError, match="description: missing"):
+        load_recipe(write(MINIMAL.replace("description: my own\n", "")))
+
+
 def test_what_an_entrys_number_is_over_is_not_passed_on(write):
     mine = load_recipe(write("extends: digits_infpi\nentry: mine\ndescription: mine"))
     assert mine.seeds == 1 and mine.tolerance.reason is None

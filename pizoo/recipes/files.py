@@ -4,7 +4,8 @@ A file states only what differs from the part it ``extends``: a common part (``c
 beside it (``NAME.yaml``). Mappings are merged key by key, anything else replaces; a mapping that names another
 ``model.kind`` or ``train.schedule.name`` replaces too, since the keys of the old kind mean nothing to the new one. What
 makes an entry that entry (its name, description and published number, why its own differs, what that number is over, how near
-is near enough, how it was tuned) is not passed on to what extends it.
+is near enough, how it was tuned) is not passed on to what extends it. Without a description of its own, a recipe that extends
+an entry's is described as that.
 
 An override, ``train.epochs=1``, is one more such mapping, merged last.
 """
@@ -130,7 +131,8 @@ def _read(path: Path, chain: tuple[Path, ...] = ()) -> dict[str, Any]:
         parent_path = _named(base, entries | common, f"{path}: extends: no recipe or common part is called")
     parent = _read(parent_path, (*chain, path))
     if parent_path not in common.values():
-        parent = {key: value for key, value in parent.items() if key not in ENTRYS_OWN}
+        described = {"description": f"After the recipe {base}"} if "description" in parent else {}
+        parent = described | {key: value for key, value in parent.items() if key not in ENTRYS_OWN}
     return _merge(parent, raw)
 
 
