@@ -697,23 +697,23 @@ def _print_table(
     rows = [dict(zip(columns, row, strict=False)) for row in rows]  # of fewer classes than columns there may be fewer
     longest = max((len(row[first]) for row in rows), default=0)
 
-    def widths(shown: list[str], one_line: bool) -> dict[str, int]:
+    def widths(shown: list[str], one_line: bool = False) -> dict[str, int]:
         return {column: _column_width(column, [row.get(column, "") for row in rows], one_line) for column in shown}
 
     def room(shown: list[str], one_line: bool = False) -> int:
         return out.width - sum(width + COLUMN_GAP for width in widths(shown, one_line).values())
 
-    shown, left_out = rest, list(least)
-    while room(shown) < min(longest, NAME_WIDTH) and left_out:
-        shown = [column for column in shown if column != left_out[0]]
-        left_out.pop(0)
-    fits = room(shown) >= min(longest, NAME_WIDTH)
-    fixed = widths(shown, False) if fits and room(shown, one_line=True) < longest else {}
+    shown, wanted = rest, min(longest, NAME_WIDTH)
+    for column in least:
+        if room(shown) < wanted:
+            shown = [other for other in shown if other != column]
+    # Headers go on in the next line before anything else does.
+    fixed = widths(shown) if room(shown) >= wanted and room(shown, one_line=True) < longest else {}
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False, pad_edge=False)
     table.add_column(first, no_wrap=True)
     for column in shown:
         table.add_column(column, overflow="fold", width=fixed.get(column))
-    width = max(room(shown), min(longest, NAME_WIDTH // 2))
+    width = max(room(shown), wanted // 2)
     for row in rows:
         folded = "\n".join(row[first][i : i + width] for i in range(0, len(row[first]), width))
         table.add_row(escape(folded), *(row.get(column, "") for column in shown))

@@ -9,7 +9,7 @@ from pizoo.recipes import Recipe
 from pizoo.training.meta import MetaTraining
 from pizoo.training.supervised import Training
 
-STEPS = {"cuda": 200, "cpu": 10}  # of an epoch. Two are trained: the first compiles, and captures a graph
+STEPS = {"cuda": 200, "cpu": 20}  # of an epoch. Two are trained: the first compiles, and captures a graph
 CLASSES, DRAWINGS = 1028, 20  # to draw tasks from, as many as Omniglot has to train on: that counts, a little
 
 
