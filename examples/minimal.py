@@ -1,9 +1,6 @@
-"""A net of one's own from growing layers, trained with the ordinary loop on one's own arrays or image folder.
+"""A net of one's own from growing layers, trained with the ordinary loop on one's own arrays or image folder."""
 
-python examples/minimal.py [FILE.npz | FOLDER]     # without either: scikit-learn's digits
-"""
-
-import sys
+import argparse
 
 import torch
 from torch import nn
@@ -12,7 +9,11 @@ from pizoo.data import Normalize, load_dataset
 from pizoo.nn import InfPiInput, InfPiLinear
 from pizoo.optim import PiSGD, clip_grad_norm_, param_groups
 
-data = load_dataset("mine", path=sys.argv[1]) if len(sys.argv) > 1 else load_dataset("digits")
+parser = argparse.ArgumentParser(description=__doc__)
+parser.add_argument("data", nargs="?", help="an .npz or a folder of images; without it, scikit-learn's digits")
+path = parser.parse_args().data
+
+data = load_dataset("mine", path=path) if path else load_dataset("digits")
 scale = float(data.train_x.max())
 train_x, test_x = (Normalize(scale)(x).flatten(1) for x in (data.train_x, data.test_x))
 

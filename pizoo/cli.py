@@ -16,6 +16,7 @@ from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -49,10 +50,7 @@ RowsOn = Annotated[
 ]
 EXIT_MISMATCH, EXIT_USAGE, EXIT_NOT_RUN = 1, 2, 3
 IN_PROCESSES = ("train", "evaluate")  # what several processes, started by torchrun, do together
-NAME_WIDTH, COLUMN_WIDTH = (
-    13,
-    12,
-)  # characters: of the longest entry's name; of any other column, with the gap before it
+NAME_WIDTH, COLUMN_GAP = 25, 2  # characters: of the longest entry's name; between columns
 
 
 def _leave_processes(*_: Any, **__: Any) -> None:
@@ -61,8 +59,21 @@ def _leave_processes(*_: Any, **__: Any) -> None:
     processes.leave()
 
 
+def _show_version(asked: bool) -> None:
+    from pizoo import __version__
+
+    if asked:
+        out.print(f"pizoo {__version__}", highlight=False)
+        raise typer.Exit
+
+
 @app.callback(result_callback=_leave_processes)
-def _in_processes(context: typer.Context) -> None:
+def _in_processes(
+    context: typer.Context,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
     from pizoo import processes
 
     if processes.started() > 1 and context.invoked_subcommand not in IN_PROCESSES:
@@ -89,7 +100,7 @@ def list_command(pattern: Annotated[str, typer.Argument(help="Glob pattern.")] =
         weights = held if zoo.has_weights(entry) else "none: train it"
         accuracy = _percent(recorded.get("accuracy")) + split
         rows.append((entry, timm_name, accuracy, _percent(published and published["accuracy"]), weights))
-    _print_table(("entry", "timm name", "accuracy", "published", "weights"), rows)
+    _print_table(("entry", "timm name", "accuracy", "published", "weights"), rows, least=("timm name",))
 
 
 @app.command()
@@ -149,7 +160,8 @@ def train(
         _print_splits([(name, one["splits"]) for name, one in rows], part)
     chosen = f"best epoch ({best['note']})" if best and loaded.train else "best epoch"
     columns = ("entry", f"{part} accuracy", chosen, "training time", "wall time", "peak memory")
-    _print_table(columns, [(name, *_training_cells(one, loaded.train is not None)) for name, one in rows])
+    cells = [(name, *_training_cells(one, loaded.train is not None)) for name, one in rows]
+    _print_table(columns, cells, least=("peak memory", "wall time"))
     if seeds is not None:
         out.print(f"{loaded.entry}: {_mean(results)}", soft_wrap=True)
     out.print(f"checkpoint and log: {folder}", markup=False, soft_wrap=True)
@@ -187,6 +199,7 @@ def _print_plan(recipe: Any, data: Path | None, device: str | None, rows_on: str
     from pizoo.training.finetune import initial_rows, source_net
     from pizoo.training.plan import plan, samples_per_epoch
     from pizoo.training.transfer import check_measuring
+    from pizoo.training.trial import step_seconds
 
     if recipe.train is None:
         raise ValueError(f"{recipe.entry} is a kernel, which is not trained: there is no training to plan")
@@ -194,6 +207,9 @@ def _print_plan(recipe: Any, data: Path | None, device: str | None, rows_on: str
     samples, tested = (samples_per_epoch(recipe), 0) if recipe.tasks else _images(recipe, data)
     first = initial_rows(source_net(recipe))
     planned = plan(recipe, samples, chosen, estimate_time=True, rows_on=rows_on, first=first, tested=tested)
+    seconds = planned.seconds
+    if seconds is None and planned.needed <= planned.available:
+        seconds = planned.steps * step_seconds(recipe, samples, chosen)
     row = (
         recipe.entry,
         f"{planned.steps:,}",
@@ -201,10 +217,10 @@ def _print_plan(recipe: Any, data: Path | None, device: str | None, rows_on: str
         planned.rows_on if planned.rows else "–",
         f"{planned.needed / 2**30:.2f} GiB",
         f"{planned.available / 2**30:.1f} GiB",
-        "–" if planned.seconds is None else f"about {duration(planned.seconds)}",
+        "–" if seconds is None else f"about {duration(seconds)}",
     )
     columns = ("entry", "steps", "rows a layer", "rows on", "memory needed", "free", "time")
-    _print_table(columns, [row], caption=None)
+    _print_table(columns, [row], caption=None, least=("rows on", "free"))
     if planned.rows_on == "host":
         out.print(planned.streaming(recipe.entry), markup=False, soft_wrap=True)
     if recipe.transfer:
@@ -347,7 +363,7 @@ def kernel(
             f"{result['seconds']:.1f} s",
         )
         columns = ("entry", "data", "training / test images", "ridge", "accuracy", "features", "regression")
-        _print_table(columns, [row])
+        _print_table(columns, [row], least=("features", "regression"))
         for tried, accuracy in zip(ridge, result["validation_accuracies"] or (), strict=False):
             out.print(f"ridge {tried:g}: {accuracy:.2f} on held-out training images")
 
@@ -355,7 +371,7 @@ def kernel(
 @app.command()
 def predict(
     entry: Entry,
-    images: Annotated[list[Path], typer.Argument(help="Image files.", exists=True, dir_okay=False)],
+    images: Annotated[list[Path], typer.Argument(help="Image files.", exists=True)],
     device: Device = None,
     top: Annotated[int, typer.Option(min=1, help="Classes to show per image.")] = 3,
     rows_on: RowsOn = "auto",
@@ -363,6 +379,9 @@ def predict(
     """Classify image files, resized to the net's input size."""
     from pizoo.evaluation.entries import classify
 
+    for image in images:
+        if image.is_dir():
+            raise ValueError(f"{image} is a folder; name the image files in it: {image}/*.png")
     rows = [
         (str(image), *(escape(f"{name} {score:.3g}") for name, score in ranked))
         for image, ranked in zip(images, classify(entry, images, device=device, top=top, rows_on=rows_on), strict=True)
@@ -419,7 +438,7 @@ def verify(
         )
         rows.append(row)
     columns = ("entry", "checkpoint", "recorded", "measured", "mean", "published", "our training", "time")
-    _print_table(columns, rows)
+    _print_table(columns, rows, least=("time", "mean", "published"))
     for check in dict.fromkeys(report.check for report in reports if report.check.startswith("first")):
         out.print(f"of the {check}, as recorded and as measured")
     for report in reports:
@@ -507,6 +526,7 @@ def card(
     from pizoo.recipes import list_recipes, load_recipe
     from pizoo.zoo import TUNED
 
+    _check_in_clone(cards)
     for entry in _entries(entries, list_recipes()):
         refresh(cards / entry, load_recipe(entry))
         if (cards / entry / TUNED).is_dir():
@@ -522,6 +542,7 @@ def overview(
     """Write the table of the whole zoo again, after cards have changed: into the folder of the cards and the README."""
     from pizoo.overview import write_overview
 
+    _check_in_clone(cards, readme)
     for path in write_overview(cards, readme):
         out.print(f"wrote {path}")
 
@@ -637,6 +658,15 @@ def data_prepare(
     out.print(f"wrote {prepare(name, data)}")
 
 
+def _check_in_clone(cards: Path, readme: Path | None = None) -> None:
+    """Raise ValueError unless what is to be written again is there: by default it is at the top of a clone."""
+    for path, option in ((cards, "--cards FOLDER"), (readme, "--readme FILE")):
+        if path is not None and not path.exists():
+            raise ValueError(
+                f"{path} is not in {Path.cwd()}: run this at the top of a clone of pizoo, or give {option}"
+            )
+
+
 def _entries(patterns: list[str], names: list[str] | None = None) -> list[str]:
     """Entries that match the patterns, in order; a path to a checkpoint, or where one is on the Hub, passes through."""
     from pizoo import hub, zoo
@@ -653,19 +683,51 @@ def _entries(patterns: list[str], names: list[str] | None = None) -> list[str]:
 
 
 def _print_table(
-    columns: Sequence[str], rows: Iterable[Sequence[str]], caption: str | None = "accuracies in percent"
+    columns: Sequence[str],
+    rows: Iterable[Sequence[str]],
+    caption: str | None = "accuracies in percent",
+    least: Sequence[str] = (),
 ) -> None:
-    """Print a table. Nothing is cut: names too long for the first column go on in the next line."""
+    """Print a table. Nothing is cut, and no word broken: names too long for the first column go on in the next line.
+
+    Args:
+        least: columns to leave out, in this order, where a terminal is too narrow for all.
+    """
     first, *rest = columns
-    table = Table(box=box.SIMPLE_HEAD, caption=caption, caption_justify="left", padding=(0, 1, 0, 0))
+    rows = [dict(zip(columns, row, strict=False)) for row in rows]  # of fewer classes than columns there may be fewer
+    longest = max((len(row[first]) for row in rows), default=0)
+
+    def widths(shown: list[str], one_line: bool = False) -> dict[str, int]:
+        return {column: _column_width(column, [row.get(column, "") for row in rows], one_line) for column in shown}
+
+    def room(shown: list[str], one_line: bool = False) -> int:
+        return out.width - sum(width + COLUMN_GAP for width in widths(shown, one_line).values())
+
+    shown, wanted = rest, min(longest, NAME_WIDTH)
+    for column in least:
+        if room(shown) < wanted:
+            shown = [other for other in shown if other != column]
+    # Headers go on in the next line before anything else does.
+    fixed = widths(shown) if room(shown) >= wanted and room(shown, one_line=True) < longest else {}
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False, pad_edge=False)
     table.add_column(first, no_wrap=True)
-    for column in rest:
-        table.add_column(column, overflow="fold")
-    width = max(NAME_WIDTH, out.width - COLUMN_WIDTH * len(rest))
-    for name, *cells in rows:
-        folded = "\n".join(name[i : i + width] for i in range(0, len(name), width))
-        table.add_row(escape(folded), *cells)
+    for column in shown:
+        table.add_column(column, overflow="fold", width=fixed.get(column))
+    width = max(room(shown), wanted // 2)
+    for row in rows:
+        folded = "\n".join(row[first][i : i + width] for i in range(0, len(row[first]), width))
+        table.add_row(escape(folded), *(row.get(column, "") for column in shown))
+    out.print()
     out.print(table)
+    missing = [column for column in rest if column not in shown]
+    notes = [*([caption] if caption else []), *([f"no room here for: {', '.join(missing)}"] if missing else [])]
+    out.print(f"\n[dim italic]{'; '.join(notes)}[/]" if notes else "")
+
+
+def _column_width(header: str, cells: Iterable[str], one_line: bool) -> int:
+    """Characters that a column needs for its cells whole, and its header in one line or a word in each."""
+    head = [header] if one_line else header.split()
+    return max(len(part) for part in (*head, *(Text.from_markup(cell).plain for cell in cells)))
 
 
 def _percent(value: Any) -> str:

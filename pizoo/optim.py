@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pizoo.rows import GrowingWeight, Rows
+from pizoo.rows import GrowingWeight, PendingRows, Rows
 
 FOLD_DECAY_BELOW = 1e-4  # from here on the decay factor is multiplied into amult, long before float32 would suffer
 SMALLEST_THRESHOLD = torch.finfo(torch.float32).tiny
@@ -255,11 +255,11 @@ def clip_grad_norm_(
     return total
 
 
-def grad_norm(grad: Tensor | Any) -> Tensor:
+def grad_norm(grad: Tensor) -> Tensor:
     """Norm of a gradient, 0-d: of pending rows in function space, else Frobenius, summed in at least float32."""
-    if isinstance(grad, Tensor):
-        return torch.linalg.vector_norm(grad, dtype=torch.promote_types(grad.dtype, torch.float32))
-    return grad.norm()
+    if isinstance(grad, PendingRows):
+        return grad.norm()
+    return torch.linalg.vector_norm(grad, dtype=torch.promote_types(grad.dtype, torch.float32))
 
 
 def clip_threshold(optimizer: torch.optim.Optimizer, max_norm: float) -> float:

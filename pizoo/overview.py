@@ -10,11 +10,12 @@ from typing import Any
 from pizoo import checkpoint
 from pizoo.cards import DATASETS, duration, mean_and_error, words
 from pizoo.config import CONFIG, read_config
+from pizoo.evaluation.verify import reproduction
 from pizoo.files import CheckpointError, read_json, write_atomically
 
 BEGIN = "<!-- entries: written by `pizoo overview` -->"
 END = "<!-- end of entries -->"
-COLUMNS = ("entry", "timm name", "data", "published", "measured", "weights", "a training")
+COLUMNS = ("entry", "timm name", "data", "published", "measured", "our training", "weights", "a training")
 PAGE = "README.md"
 INTRODUCTION = """\
 # The zoo
@@ -24,8 +25,9 @@ What an entry's folder here holds is what its repository on the Hugging Face Hub
 """
 LEGEND = """\
 Accuracies in percent. Measured: the mean over seeds ± its standard error; tuned: with settings chosen on held-out training
-images; compact: of the net that ships, made of a full one. Weights: what loading reads. A training: mean wall time of one,
-evaluation and saving included, and where it ran."""
+images; compact: of the net that ships, made of a full one. Our training, as `pizoo verify` has it: `reproduced` if that mean is
+within the recipe's tolerance of the published number, a point or less, else `below` or `above`. Weights: what loading reads. A
+training: mean wall time of one, evaluation and saving included, and where it ran."""
 
 
 def write_overview(cards: Path, readme: Path) -> list[Path]:
@@ -74,6 +76,8 @@ def _cells(card: Path, links: str) -> Iterator[str]:
     yield _data(recipe)
     yield f"{recipe['published']['accuracy']:.2f}" if recipe["published"] else "–"
     yield _measured(results) if "seeds" in results else "–"
+    verdict = reproduction(recipe, results)
+    yield "–" if verdict.startswith("no ") else verdict
     weights = card / checkpoint.MODEL
     yield _size(weights.stat().st_size) if weights.exists() else "–"
     yield _time(results) if results else "–"

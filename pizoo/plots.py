@@ -47,6 +47,9 @@ def draw_curves(
             left.plot(epochs, curve["train_loss"], linewidth=1.2, label=label)
             right.plot(rows or epochs, curve[measured], ".-" if rows else "-", linewidth=1.2, label=label)
         left.set(xlabel="epoch", ylabel="training loss", yscale="log")
+        lowest, highest = left.get_ylim()
+        left.yaxis.set_major_formatter("{x:g}")
+        left.yaxis.set_minor_formatter("{x:g}" if highest < 10 * lowest else "")
         right.set(
             xlabel="rows of a growing layer, one point an epoch" if rows else "epoch", ylabel=ACCURACIES[measured]
         )

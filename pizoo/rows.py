@@ -111,11 +111,12 @@ class Reserved:
         self.count = needed
 
 
-class PendingRows:
+class PendingRows(Tensor):
     """The gradient of a growing layer: the rows that the next step will append, before learning rate and multiplier.
 
     It stands in ``layer.A.grad`` and is treated as a gradient is: several backward passes add up (their rows are joined),
-    clipping scales it, either ``zero_grad`` removes it.
+    clipping scales it, either ``zero_grad`` removes it. A tensor in name alone: so that torch's own optimizers and clipping ask
+    what it can do, and are refused in a sentence, by TypeError.
 
     Attributes:
         A: ``δ s`` [k, r_out], in float32 or float64.
@@ -123,12 +124,26 @@ class PendingRows:
     """
 
     grad_fn = None  # nn.Module.zero_grad asks for it
+    A: Tensor
+    B: Tensor
 
-    def __init__(self, A: Tensor, B: Tensor):
-        self.A, self.B = A, B
+    def __new__(cls, A: Tensor, B: Tensor):
+        pending = cls._make_subclass(cls, torch.empty(0))
+        pending.A, pending.B = A, B
+        return pending
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        raise TypeError(NO_TENSOR)
 
     def __len__(self) -> int:
         return len(self.A)
+
+    def __reduce_ex__(self, protocol):
+        return type(self), (self.A, self.B)
+
+    def __deepcopy__(self, memo):
+        return self.apply(lambda t: copy.deepcopy(t, memo))
 
     def extend(self, A: Tensor, B: Tensor) -> None:
         self.A, self.B = torch.cat([self.A, A]), torch.cat([self.B, B])
@@ -156,8 +171,10 @@ class PendingRows:
     def __getattr__(self, name: str):
         raise AttributeError(f"PendingRows has no {name!r}: {NO_TENSOR}")
 
-    def __repr__(self) -> str:
+    def __repr__(self, **_: Any) -> str:
         return f"PendingRows({len(self)} rows: {NO_TENSOR})"
+
+    __format__ = object.__format__
 
     # What nn.Module.zero_grad(set_to_none=False) does to a gradient.
     def requires_grad_(self, requires_grad: bool = True) -> PendingRows:

@@ -17,7 +17,7 @@ epochs before it stay loadable.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -144,6 +144,8 @@ class Epoch:
 def training_lock(folder: Path | None) -> Iterator[None]:
     """Keep a training folder (None: nothing) to this process; the lock ends with the process, however that ends.
 
+    A training that is refused before it has begun leaves no folder behind that it made, and no lock.
+
     Raises:
         CheckpointError: another process trains in this folder.
     """
@@ -152,6 +154,7 @@ def training_lock(folder: Path | None) -> Iterator[None]:
         return
     import fcntl  # not on Windows, where loading works
 
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / LOCK, "a") as file:
         try:
@@ -160,7 +163,14 @@ def training_lock(folder: Path | None) -> Iterator[None]:
             raise CheckpointError(
                 f"{folder} is in use: another process trains there; wait for it, or choose another folder"
             ) from None
-        yield
+        try:
+            yield
+        finally:
+            if not (folder / CONFIG).exists():
+                (folder / LOCK).unlink(missing_ok=True)
+                with suppress(OSError):  # something else has come into it
+                    for path in made:
+                        path.rmdir()
 
 
 def start_training(folder: Path, model: nn.Module, config: Mapping[str, Any]) -> None:

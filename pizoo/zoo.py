@@ -69,9 +69,11 @@ def card(entry: str) -> Path:
 
 def unknown(entry: str | os.PathLike) -> UnknownEntryError:
     """The error for what is no entry's name (or pattern) and no folder; it offers the nearest name."""
-    name, names = os.fspath(entry), list_entries()
-    near = difflib.get_close_matches(name, names, n=1)
-    hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(names)}"
+    name = os.fspath(entry)
+    near = difflib.get_close_matches(name, list_entries(), n=1)
+    hint = f"did you mean {near[0]!r}?" if near else "`pizoo list`, or pizoo.list_entries(), gives their names"
+    if name in _entries_by_timm_name:
+        hint = f"timm calls {_entries_by_timm_name[name]!r} so"
     if not isinstance(entry, str) or Path(name).name != name:
         return UnknownEntryError(f"{name!r} is neither an entry nor a folder; {hint}")
     return UnknownEntryError(f"no entry is called {name!r}; {hint}")
@@ -153,8 +155,8 @@ def check_weights(folder: Path) -> None:
             raise WeightsNotFoundError(_none_exist(folder.name))
         raise WeightsNotFoundError(
             f"the weights of {folder.name!r} are not in {folder}; train them with `pizoo train {folder.name}`, then load "
-            f"the folder that it writes, or load the net untrained with pretrained=False; where somebody has published it, "
-            f"set {hub.NAMESPACE} to whose it is on the Hub"
+            f"(or verify) the folder that it writes, or load the net untrained with pretrained=False; where somebody has "
+            f"published it, set {hub.NAMESPACE} to whose it is on the Hub"
         )
 
 
@@ -293,6 +295,7 @@ def _attach_shipped(model: KernelRegressor, config: dict[str, Any]) -> None:
 # ---------------------------------------------------------------------------------------------------- timm, torch.hub
 
 default_cfgs: dict[str, Any] = {}  # timm looks here, in the module of the functions it registers
+_entries_by_timm_name: dict[str, str] = {}
 
 
 def _register_with_timm() -> None:
@@ -312,6 +315,7 @@ def _register_with_timm() -> None:
         if has_weights(entry):
             cfg["file"] = str(card(entry) / checkpoint.MODEL)
         tags.setdefault(architecture, {})[cfg["tag"]] = entry
+        _entries_by_timm_name[f"{architecture}.{cfg['tag']}"] = entry
         cfgs[f"{architecture}.{cfg['tag']}"] = {key: value for key, value in cfg.items() if key != "tag"}
     default_cfgs.update(generate_default_cfgs(cfgs))
     for architecture, entries in tags.items():

@@ -238,3 +238,18 @@ def test_the_interval_of_a_difference_holds_what_it_is_of_nineteen_times_in_twen
     differences = [paired_difference(x, y) for x, y in zip(a, b, strict=True)]
     held = sum(one.low <= 5 <= one.high for one in differences) / len(differences)  # 100 * 0.5 * (0.3 - 0.2)
     assert held == pytest.approx(0.95, abs=0.015)
+
+
+@pytest.mark.parametrize("losses", [[2.0, 0.9, 0.3], [5.0, 0.02, 0.004]])
+def test_ticks_of_the_training_loss_are_plain_numbers(tmp_path, monkeypatch, losses):
+    labels = []
+
+    def read(self, *args, **kwargs):
+        axis = self.axes[0].yaxis
+        self.draw_without_rendering()
+        labels.extend(t.get_text() for t in (*axis.get_majorticklabels(), *axis.get_minorticklabels()) if t.get_text())
+        args[0].write_bytes(b"")
+
+    monkeypatch.setattr(Figure, "savefig", read)
+    plots.draw_curves(tmp_path / "a.png", [{"seed": 0, "curve": {"train_loss": losses, "test_accuracy": [1, 2, 3]}}])
+    assert len(labels) >= 3 and all(float(label) > 0 and "e" not in label for label in labels)

@@ -23,8 +23,9 @@ from pizoo.config import read_config
 from pizoo.data import load_dataset
 from pizoo.files import CheckpointError, read_tensors, write_tensors
 from pizoo.models import InfPiMLP
-from pizoo.recipes import Compact
+from pizoo.recipes import Compact, load_recipe
 from pizoo.training.compact import compact_checkpoint
+from pizoo.training.trial import step_seconds
 
 README = Path(__file__).parent.parent / "README.md"
 TINY = ("--set", "data.subset=200", "--set", "train.epochs=2")
@@ -118,6 +119,20 @@ def test_the_readmes_example_of_own_images_does_what_it_says(pizoo_command, read
     assert pizoo_command("verify", "runs/mine").code == 0
 
 
+def test_the_readmes_fine_tuning_beats_a_frozen_trunk_and_a_fresh_start(pizoo_command, tmp_path):
+    text = README.read_text().partition("**Fine-tuning**")[2]
+    recipe, commands = (re.search(rf"```{kind}\n(.*?)```", text, re.DOTALL).group(1) for kind in ("yaml", "sh"))
+    (tmp_path / "high.yaml").write_text(recipe)
+    source, tuned, scratch = (shlex.split(line, comments=True)[1:] for line in commands.splitlines())
+    accuracies = []
+    for command in (source, tuned, scratch, (*tuned, "--freeze", "input,hidden", "--out", "runs/frozen")):
+        assert (shown := pizoo_command(*command)).code == 0, shown.err
+        folder = Path(command[command.index("--out") + 1] if "--out" in command else "runs/high")
+        accuracies.append(json.loads((folder / "results.json").read_text())["accuracy"])
+    _, tuned_accuracy, scratch_accuracy, frozen_accuracy = accuracies
+    assert tuned_accuracy > scratch_accuracy + 4 and tuned_accuracy > frozen_accuracy
+
+
 @pytest.mark.parametrize(
     ("shape", "stated"), [((32, 32, 3), {}), ((16,), {"input_size": [16], "scale": 1.0, "mean": None, "std": None})]
 )
@@ -146,6 +161,29 @@ def test_a_long_path_goes_on_in_the_next_line_and_no_column_is_cut(pizoo_command
     assert table[0].split()[1:3] == ["verified", "probe"]
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [("list",), ("verify", "--quick", "digits_*", "imagenet32_mu"), ("train", "imagenet32_infpi_r200", "--dry-run")],
+)
+def test_in_80_columns_no_word_is_broken_and_what_is_left_out_is_named(pizoo_command, monkeypatch, arguments):
+    def lines(width):
+        monkeypatch.setattr(cli, "out", Console(width=width))
+        shown = pizoo_command(*arguments).out
+        return shown, [line for line in shown.splitlines() if re.match(r"[a-z0-9]+_\w+  ", line)]
+
+    wide, narrow = lines(200), lines(80)
+    measured = re.compile(r"[\d.]+ (s|min|hours|days|GiB)\b")  # anew each time
+
+    def cells(line):
+        return set(re.split(r"\s{2,}", measured.sub("MEASURED", line).strip()))
+
+    assert all(len(line) <= 80 for line in narrow[1]) and len(narrow[1]) == len(wide[1]) > 0
+    for cut, whole in zip(narrow[1], wide[1], strict=True):
+        assert cells(cut) <= cells(whole)
+    left_out = re.search(r"no room here for: (.*)", narrow[0])[1].split(", ")
+    assert "no room" not in wide[0] and all(f"  {column}" in wide[0] for column in left_out)
+
+
 def test_help_says_what_quick_checks(pizoo_command):
     shown = " ".join(re.sub(r"[│╭╮╰╯─]", " ", pizoo_command("verify", "--help").out).split())
     assert "Of kernel entries it checks what a few training images contribute" in shown
@@ -171,7 +209,9 @@ def test_verify_says_what_it_measured_on_fewer_images(pizoo_command):
     shown = pizoo_command("verify", "digits_mu", "digits_ntk", "--images", 20)
     assert shown.code == 0 and "of the first 20 test images" in shown.out
     assert pizoo_command("verify", "digits_mu", "--images", 20, "--quick").code == 2
-    assert "of the first 449 test images" in pizoo_command("verify", "digits_mu", "--images", 100_000).out
+    assert "of the first 449 test images, as" in pizoo_command("verify", "digits_mu", "--images", 449).out
+    more = pizoo_command("verify", "digits_mu", "--images", 100_000)
+    assert more.code == 0 and "of the first 449 test images, all there are, as recorded" in more.out
 
 
 def test_train_goes_on_after_an_interruption_as_it_says(pizoo_command, tmp_path, monkeypatch):
@@ -503,9 +543,56 @@ def test_a_download_that_fails_says_so_in_one_line(pizoo_command, monkeypatch):
     assert shown.code == 1 and one_line(shown.err) and "no network" in shown.err
 
 
-def test_it_runs_as_a_module():
-    done = subprocess.run([sys.executable, "-m", "pizoo.cli", "verify", "nonsense"], capture_output=True, text=True)
+@pytest.mark.parametrize("module", ["pizoo", "pizoo.cli"])
+def test_it_runs_as_a_module(module):
+    done = subprocess.run([sys.executable, "-m", module, "verify", "nonsense"], capture_output=True, text=True)
     assert done.returncode == 2 and one_line(done.stderr)
+
+
+def test_the_version_is_the_packages(pizoo_command):
+    shown = pizoo_command("--version")
+    assert (shown.code, shown.out.strip()) == (0, f"pizoo {pizoo.__version__}")
+
+
+def test_what_is_wrong_is_told_with_what_to_do_instead(pizoo_command, tmp_path):
+    (tmp_path / "runs" / "k").mkdir(parents=True)
+    own_run(tmp_path)  # which makes a data set of vectors, and no run yet
+    own = tmp_path / "mine.npz"
+    wrong = {
+        ("overview",): f"model_cards is not in {tmp_path}: run this at the top of a clone",
+        ("card", "digits_mu"): "model_cards is not in",
+        ("overview", "--cards", "runs"): "run this at the top of a clone of pizoo, or give --readme FILE",
+        ("train", "runs/k"): "runs/k is a folder; a recipe is an entry's name or a .yaml file.",
+        ("train", "nosuch.yaml"): "there is no recipe nosuch.yaml; `pizoo list` shows the entries",
+        ("train", "digits_my.yaml"): "there is no recipe digits_my.yaml; did you mean 'digits_mu'?",
+        ("train", "zzz"): "no recipe is called 'zzz'; `pizoo list` shows the entries",
+        ("verify", "zzz"): "no entry is called 'zzz'; `pizoo list`, or pizoo.list_entries(), gives their names",
+        ("evaluate", "infpi_mlp_r64.digits"): "timm calls 'digits_infpi' so",
+        ("predict", "digits_mu", "runs"): "runs is a folder; name the image files in it: runs/*.png",
+        ("kernel", "digits_mu", "--ridge", 1, "--on", own): "has items of size [5]; the net takes [1, 8, 8]",
+    }
+    for arguments, message in wrong.items():
+        shown = pizoo_command(*arguments)
+        assert shown.code == 2 and one_line(shown.err) and message in shown.err, (arguments, shown.err)
+    for entry in filter(untrained, pizoo.list_entries()):
+        shown = pizoo_command("verify", entry)
+        assert shown.code == 3 and f"`pizoo train {entry}`" in shown.out
+
+
+@pytest.mark.parametrize(
+    "reason",
+    [("train.freeze=[input, readout]", "model.hidden_layers=1"), ("train.init_from=digits_mu", "model.width=64")],
+)
+def test_a_training_that_is_refused_leaves_nothing_behind(pizoo_command, tmp_path, reason):
+    command = ("train", "digits_mu", *TINY, *(word for override in reason for word in ("--set", override)))
+    shown = pizoo_command(*command)
+    assert shown.code == 2 and one_line(shown.err) and not (tmp_path / "runs").exists()
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.txt").write_text("of mine")
+    pizoo_command(*command, "--out", tmp_path / "mine")
+    assert [path.name for path in (tmp_path / "mine").iterdir()] == ["notes.txt"]
+    pizoo_command("train", "digits_mu", *TINY, "--out", tmp_path / "mine" / "run")
+    assert {"train.log", "train.lock"} <= {path.name for path in (tmp_path / "mine" / "run").iterdir()}
 
 
 # convert
@@ -543,6 +630,35 @@ def test_a_plan_needs_no_data(pizoo_command, tmp_path):
         "train", "cifar10_mu", "--dry-run", "--data", tmp_path, "--set", "data.keep=[1, 2]", "--set", "data.classes=2"
     )
     assert missing.code == 2 and "cifar10 is not at" in missing.err
+
+
+def test_a_plan_says_how_long_a_finite_net_will_take(pizoo_command, tmp_path):
+    command = ("train", "digits_mu", "--set", "train.epochs=3", "--out", tmp_path / "run")
+    assert pizoo_command(*command).code == 0
+    took = json.loads((tmp_path / "run" / "results.json").read_text())["train_seconds"]
+    recipe = load_recipe("digits_mu")
+    said = step_seconds(recipe, 1348, torch.device("cpu")) * 3 * 169
+    assert took / 5 < said < 5 * took  # other processes may have come or gone
+    planned = pizoo_command("train", "digits_mu", "--dry-run", "--out", tmp_path / "none")
+    assert planned.code == 0 and re.search(r"about [\d.]+ s", planned.out) and not (tmp_path / "none").exists()
+
+
+def test_more_tasks_a_step_are_seen_to_take_longer():
+    few, many = (["model.width=64", f"train.batch_size={size}"] for size in (2, 128))
+    short, long = (step_seconds(load_recipe("omniglot_mu", s), 0, torch.device("cpu")) for s in (few, many))
+    assert 0 < short < long
+
+
+@pytest.mark.parametrize(
+    ("entry", "why"), [("digits_infpi", "in host memory as it is, on a CPU"), ("digits_mu", "of this kind has no rows")]
+)
+def test_rows_on_the_host_where_that_changes_nothing_is_said(pizoo_command, entry, why):
+    for arguments in ((*TINY, "--device", "cpu"), ("--dry-run", "--device", "cpu")):
+        found = pizoo_command("train", entry, *arguments, "--rows-on", "host")
+        assert (
+            found.code == 0 and f"{entry}: rows_on is 'host', which changes nothing" in found.err and why in found.err
+        )
+    assert pizoo_command("train", entry, "--dry-run", "--device", "cpu").err == ""
 
 
 def test_a_kernel_goes_to_a_file_or_into_a_regression(pizoo_command, tmp_path):

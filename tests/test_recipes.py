@@ -305,6 +305,12 @@ def test_a_published_number_belongs_to_the_entry_that_states_it(write):
         load_recipe(write("extends: cifar10_infpi\ndescription: mine"))
 
 
+def test_a_description_may_be_left_out_where_there_is_one_to_point_to(write):
+    assert load_recipe(write("extends: cifar10_infpi\nentry: mine")).description == "After the recipe cifar10_infpi"
+    with pytest.raises(RecipeError, match="description: missing"):
+        load_recipe(write(MINIMAL.replace("description: my own\n", "")))
+
+
 def test_what_an_entrys_number_is_over_is_not_passed_on(write):
     mine = load_recipe(write("extends: digits_infpi\nentry: mine\ndescription: mine"))
     assert mine.seeds == 1 and mine.tolerance.reason is None
@@ -348,6 +354,9 @@ REFUSED = {
     "train.clip.norm=1": "train.clip.norm: unknown key; did you mean 'max_norm'?",
     "optimizer=adam": "optimizer: unknown key; allowed: compact, data, description, differs",
     "extends=digits": "extends: unknown key",
+    "epochs=3": "epochs: unknown key; did you mean 'train.epochs'?",
+    "model.subset=3": "model.subset: unknown key; did you mean 'data.subset'?",
+    "name=mine": "name: unknown key; did you mean 'data.name' or 'train.schedule.name'?",
     "train.lr='0.1'": "train.lr: found '0.1'; must be a valid number",
     "train.lr=true": "train.lr: found true; must be a valid number",
     "train.lr=fast": "train.lr: found 'fast'; must be a valid number",
@@ -509,6 +518,8 @@ def test_all_that_is_wrong_is_said_at_once(write):
 def test_an_unknown_entry_offers_the_nearest(write):
     with pytest.raises(RecipeError, match="no recipe is called 'cifar10_infpy'; did you mean 'cifar10_infpi'"):
         load_recipe("cifar10_infpy")
+    with pytest.raises(RecipeError, match="no recipe is called 'zzz'; `pizoo list` shows the entries"):
+        load_recipe("zzz")
     with pytest.raises(RecipeError, match=r"mine\.yaml: extends: .* 'cifer10'; did you mean 'cifar10'"):
         load_recipe(write("extends: cifer10"))
     with pytest.raises(RecipeError, match=r"extends: no recipe or common part is called \[1\]"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import runpy
 import subprocess
 from pathlib import Path
 
@@ -39,6 +40,14 @@ def test_the_table_has_a_row_for_every_entry_with_its_recorded_mean_and_links_th
         assert (REPOSITORY / re.search(r"\]\((.+)\)", row[0])[1]).is_file()
         if zoo.has_weights(entry):
             assert f"{read_json(zoo.card(entry) / checkpoint.RESULTS)['mean_accuracy']:.2f}" in row[4]
+
+
+def test_the_tables_verdicts_are_those_of_verify():
+    told = dict(re.findall(r"^\| \[`(\w+)`\](?:[^|]*\|){5} ([^|]*) \|", overview.table(CARDS), re.MULTILINE))
+    assert told.keys() == set(zoo.list_entries())
+    for entry in zoo.list_entries():
+        verdict = pizoo.verify(entry, quick=True).reproduction
+        assert told[entry] == ("–" if verdict.startswith("no ") else verdict)
 
 
 def test_a_text_without_a_place_for_the_table_is_refused(tmp_path):
@@ -82,3 +91,31 @@ def test_no_file_of_the_clone_is_a_git_lfs_pointer():
     for path in git("ls-files", "-z").split("\0"):
         if path:
             assert not (REPOSITORY / path).read_bytes().startswith(b"version https://git-lfs"), path
+
+
+# Examples
+
+
+def example(monkeypatch, name: str, *arguments: object) -> dict:
+    """An example's globals, with its arguments on the command line."""
+    monkeypatch.setattr("sys.argv", [name, *map(str, arguments)])
+    return runpy.run_path(str(REPOSITORY / "examples" / name))
+
+
+@pytest.mark.parametrize("name", ["finite_width.py", "minimal.py", "moving_kernel.py"])
+def test_every_example_says_what_it_does_and_takes(name, monkeypatch, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        example(monkeypatch, name, "--help").get("main", lambda: None)()
+    assert not stopped.value.code and f"usage: {name}" in capsys.readouterr().out
+
+
+def test_an_example_draws_beside_itself_wherever_it_is_run_unless_told_where(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    for out, told in ((REPOSITORY / "examples" / "finite_width.png", ()), (Path("mine.png"), ("--out", "mine.png"))):
+        found = example(monkeypatch, "finite_width.py", "--steps", 5, "--widths", 40, *told)
+        drawn = []
+        monkeypatch.setitem(
+            found["main"].__globals__, "plot", lambda *arguments, drawn=drawn: drawn.append(arguments[-1])
+        )
+        found["main"]()
+        assert drawn == [out]

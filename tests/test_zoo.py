@@ -66,14 +66,22 @@ def test_an_unknown_name_is_answered_with_the_nearest():
             zoo.UnknownEntryError, match=r"no entry is called 'digit_infpi'; did you mean 'digits_infpi'\?"
         ):
             function("digit_infpi")
-    with pytest.raises(zoo.UnknownEntryError, match=r"there are cifar10_finpi, .*digits_ntk"):
+    with pytest.raises(zoo.UnknownEntryError, match=r"no entry is called 'zzz'; `pizoo list`, or pizoo\.list_entries"):
         pizoo.load("zzz")
+
+
+def test_a_name_of_timms_is_answered_with_the_entrys():
+    for entry in pizoo.list_entries("*_infpi"):
+        config = zoo.config(entry)
+        name = f"{config['architecture']}.{config['pretrained_cfg']['tag']}"
+        with pytest.raises(zoo.UnknownEntryError, match=rf"no entry is called '{name}'; timm calls '{entry}' so"):
+            pizoo.load(name)
 
 
 @pytest.mark.parametrize("path", ["/no/such/dir", "runs/none", Path("none")])
 def test_a_path_that_leads_nowhere_is_neither_an_entry_nor_a_folder(path):
     for function in (pizoo.load, pizoo.verify, pizoo.evaluate):
-        with pytest.raises(zoo.UnknownEntryError, match=f"'{path}' is neither an entry nor a folder; there are"):
+        with pytest.raises(zoo.UnknownEntryError, match=f"'{path}' is neither an entry nor a folder; `pizoo list`"):
             function(path)
 
 

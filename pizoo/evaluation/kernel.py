@@ -143,10 +143,18 @@ def named_dataset(name: str, input_size: tuple[int, ...], data_dir: str | os.Pat
         ValueError: neither a known name nor a path; items of another size.
     """
     if name in list_datasets():
-        return load_dataset(name, data_dir=data_dir, input_size=input_size)
-    if not Path(name).expanduser().exists():
-        raise DataNotFoundError(f"{name!r} is neither a data set ({', '.join(list_datasets())}) nor a file or folder")
-    return load_dataset(Path(name).stem, path=name, input_size=input_size)
+        found = load_dataset(name, data_dir=data_dir)
+    else:
+        path = Path(name).expanduser()
+        if not path.exists():
+            raise DataNotFoundError(
+                f"{name!r} is neither a data set ({', '.join(list_datasets())}) nor a file or folder"
+            )
+        found = load_dataset(path.stem, path=path, input_size=input_size if path.is_dir() else None)
+    if found.input_size != input_size:
+        sizes = f"{list(found.input_size)}; the net takes {list(input_size)}"
+        raise ValueError(f"{name} has items of size {sizes}, and only a folder of images is resized to it")
+    return found
 
 
 def own_normalize(x: Tensor) -> Normalize:

@@ -60,7 +60,8 @@ class VerifyReport:
         entry: its name.
         status: is the checkpoint what it claims? ``measured`` against ``recorded``.
         reason: why not, or why it was not run; empty when verified.
-        check: "test accuracy", "first N test images", "probe", or how many tasks of which split.
+        check: "test accuracy", "first N test images" (", all there are" where more were asked for), "probe", or how many tasks
+            of which split.
         recorded, measured: accuracy in percent; for the probe 0 and the relative error of its logits.
         differing: how many of these test images (queries of tasks) were right when recorded and wrong now, or the reverse;
             None: not recorded.
@@ -147,15 +148,19 @@ def verify(
     outcome = _Outcome("not run", "")
     results: dict[str, Any] = {}
     config: dict[str, Any] = {}
+    there: int | None = None  # test images
     try:
         config = _checked_types(read_config(folder), CONFIG_TYPES, folder / CONFIG)
         if not (folder / checkpoint.RESULTS).exists():
-            raise zoo.WeightsNotFoundError(f"{folder} records no results yet")
+            zoo.check_weights(folder)  # of an entry it says how to get them
+            raise zoo.WeightsNotFoundError(
+                f"{folder} records no results yet: a training goes on with the command that began it, and has them in the end"
+            )
         path = folder / checkpoint.RESULTS
         results = _checked_types(read_json(path), RESULTS_TYPES, path)
         records = _recorded_correct(folder, results)
-        if images is not None and checkpoint.SHIPPED in records:
-            images = min(images, len(records[checkpoint.SHIPPED]))
+        if checkpoint.SHIPPED in records:
+            there = len(records[checkpoint.SHIPPED])
         recipe = config["recipe"]
         dtype = torch.float64 if recipe.get("transfer") and not quick else None
         found = _Found(folder, zoo.load(folder, device=device, dtype=dtype), config, results, records)
@@ -174,14 +179,12 @@ def verify(
     except KeyError as error:
         outcome = _Outcome("mismatch", f"{folder} does not record {error}: it is damaged, or was changed by hand")
     recipe = config.get("recipe") or {}
-    published = (recipe.get("published") or {}).get("accuracy")
-    mean = results.get("mean_accuracy", results.get("accuracy"))
-    tolerance = (recipe.get("tolerance") or {}).get("reproduce") or 1.0
+    published, mean = (recipe.get("published") or {}).get("accuracy"), recorded_mean(results)
     return VerifyReport(
         entry=str(entry),
-        check="probe" if quick else _checked(results, images, device),
+        check="probe" if quick else _checked(results, images, there, device),
         **outcome._asdict(),
-        reproduction=_reproduction(mean, published, tolerance),
+        reproduction=reproduction(recipe, results),
         mean=mean,
         standard_error=results.get("standard_error"),
         seeds=len(results.get("seeds") or []) or int("accuracy" in results),
@@ -209,8 +212,8 @@ def _checked_types(value: Any, types: Any, where: Path | str) -> Any:
     return value
 
 
-def _checked(results: dict[str, Any], images: int | None, device: torch.device) -> str:
-    """What the recorded number is of, without ``quick``."""
+def _checked(results: dict[str, Any], images: int | None, there: int | None, device: torch.device) -> str:
+    """What the recorded number is of, without ``quick``; ``there``: how many test images, None: not known."""
     if "transfer" in results:
         part = results["transfer"]
         if not measures_all(part["training_images"], device):
@@ -218,7 +221,11 @@ def _checked(results: dict[str, Any], images: int | None, device: torch.device) 
         return f"{part['test_images']:,} test images, {part['training_images']:,} training images"
     if tasks := results.get("verification"):
         return f"{tasks['tasks']:,} tasks of {results['split']}"
-    return "test accuracy" if images is None else f"first {images} test images"
+    if images is None:
+        return "test accuracy"
+    if there is not None and images > there:
+        return f"first {there} test images, all there are"
+    return f"first {images} test images"
 
 
 def _needs(config: dict[str, Any]) -> str:
@@ -327,7 +334,15 @@ def _recorded_correct(folder: Path, results: dict[str, Any]) -> dict[str, Tensor
     return found
 
 
-def _reproduction(mean: float | None, published: float | None, tolerance: float) -> Reproduction:
+def recorded_mean(results: dict[str, Any]) -> float | None:
+    """Accuracy over seeds in percent that ``results.json`` records; None: none."""
+    return results.get("mean_accuracy", results.get("accuracy"))
+
+
+def reproduction(recipe: dict[str, Any], results: dict[str, Any]) -> Reproduction:
+    """Whether our training reproduces the paper: the recorded mean against the number that the recipe says is published."""
+    mean, published = recorded_mean(results), (recipe.get("published") or {}).get("accuracy")
+    tolerance = (recipe.get("tolerance") or {}).get("reproduce") or 1.0
     if published is None:
         return "no published number"
     if mean is None:

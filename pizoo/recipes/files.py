@@ -4,7 +4,8 @@ A file states only what differs from the part it ``extends``: a common part (``c
 beside it (``NAME.yaml``). Mappings are merged key by key, anything else replaces; a mapping that names another
 ``model.kind`` or ``train.schedule.name`` replaces too, since the keys of the old kind mean nothing to the new one. What
 makes an entry that entry (its name, description and published number, why its own differs, what that number is over, how near
-is near enough, how it was tuned) is not passed on to what extends it.
+is near enough, how it was tuned) is not passed on to what extends it. Without a description of its own, a recipe that extends
+an entry's is described as that.
 
 An override, ``train.epochs=1``, is one more such mapping, merged last.
 """
@@ -20,7 +21,7 @@ from typing import Any
 import yaml
 
 import pizoo
-from pizoo.recipes.messages import RecipeError, nearest, show
+from pizoo.recipes.messages import RecipeError, nearest_entry, show
 from pizoo.recipes.recipe import ENTRYS_OWN, Recipe
 
 
@@ -38,11 +39,12 @@ def load_recipe(entry_or_path: str | os.PathLike, overrides: Iterable[str] = ())
 
     Raises:
         FileNotFoundError: no file at that path.
-        RecipeError: an unknown entry or key, a wrong type, an impossible value.
+        RecipeError: a folder; an unknown entry or key, a wrong type, an impossible value.
     """
     text = os.fspath(entry_or_path)
     if isinstance(entry_or_path, os.PathLike) or Path(text).suffix in (".yaml", ".yml") or Path(text).name != text:
         path = Path(text).expanduser()
+        _check_file(path)
     else:
         path = _named(text, {entry: recipes_dir() / f"{entry}.yaml" for entry in list_recipes()}, "no recipe is called")
     raw = _read(path)
@@ -51,6 +53,16 @@ def load_recipe(entry_or_path: str | os.PathLike, overrides: Iterable[str] = ())
         raw = _merge(raw, _parse_override(override))
         source += f" with {override}"
     return Recipe.from_dict(raw, source)
+
+
+def _check_file(path: Path) -> None:
+    if path.is_dir():
+        raise RecipeError(
+            f"{path} is a folder; a recipe is an entry's name or a .yaml file. A training in a folder goes on with the command "
+            f"that began it, --out {path}"
+        )
+    if not path.exists():
+        raise FileNotFoundError(f"there is no recipe {path}; {nearest_entry(path.stem, list_recipes())}")
 
 
 def recipes_dir() -> Path:
@@ -119,14 +131,15 @@ def _read(path: Path, chain: tuple[Path, ...] = ()) -> dict[str, Any]:
         parent_path = _named(base, entries | common, f"{path}: extends: no recipe or common part is called")
     parent = _read(parent_path, (*chain, path))
     if parent_path not in common.values():
-        parent = {key: value for key, value in parent.items() if key not in ENTRYS_OWN}
+        described = {"description": f"After the recipe {base}"} if "description" in parent else {}
+        parent = described | {key: value for key, value in parent.items() if key not in ENTRYS_OWN}
     return _merge(parent, raw)
 
 
 def _named(name: Any, known: Mapping[str, Path], complaint: str) -> Path:
     if isinstance(name, str) and name in known:
         return known[name]
-    raise RecipeError(f"{complaint} {show(name)}; {nearest(name, known)}")
+    raise RecipeError(f"{complaint} {show(name)}; {nearest_entry(name, known)}")
 
 
 _KIND_KEYS = {("model",): "kind", ("train", "schedule"): "name"}

@@ -15,14 +15,17 @@ class RecipeError(ValueError):
     """A recipe that cannot be read; the message names the file, the key, what was found and what is allowed."""
 
 
-def explain(problem: Mapping[str, Any], model: type[BaseModel]) -> str:
-    """One of pydantic's errors about a ``model`` as ``dotted.key: what was found; what is allowed``."""
+def explain(problem: Mapping[str, Any], model: type[BaseModel], given: Iterable[str] = ()) -> str:
+    """One of pydantic's errors about a ``model`` as ``dotted.key: what was found; what is allowed``.
+
+    ``given``: the parts that there are, where a key that stands in the wrong place may belong.
+    """
     key, owner = _locate(problem["loc"], model)
     found, context = show(problem["input"]), problem.get("ctx", {})
     kind_key = f"{key}.{context.get('discriminator', '')}".replace("'", "")
     match problem["type"]:
         case "extra_forbidden" | "invalid_key":
-            return f"{key}: unknown key; {nearest(key.rpartition('.')[2], owner.model_fields if owner else ())}"
+            return f"{key}: unknown key; {_place_of(key.rpartition('.')[2], owner, model, set(given))}"
         case "missing":
             return f"{key}: missing; must be given"
         case "value_error":
@@ -66,9 +69,36 @@ def _kind(model: type[BaseModel]) -> str:
     return typing.get_args(field.annotation)[0]
 
 
+def _place_of(name: str, owner: type[BaseModel] | None, model: type[BaseModel], given: set[str]) -> str:
+    """What to write for a key that ``owner``, a part of ``model``, has not: one of its own, or the same in another part."""
+    own = owner.model_fields if owner else ()
+    elsewhere = [path for path in _paths(model) if path.rpartition(".")[2] == name and path.partition(".")[0] in given]
+    if elsewhere and not _near(name, own):
+        return f"did you mean {' or '.join(map(repr, elsewhere))}?"
+    return nearest(name, own)
+
+
+def _paths(model: type[BaseModel]) -> list[str]:
+    """Dotted keys of everything in a model, the shallow ones first."""
+    paths: dict[str, None] = dict.fromkeys(model.model_fields)
+    for name, field in model.model_fields.items():
+        paths |= {f"{name}.{path}": None for part in _models(field.annotation) for path in _paths(part)}
+    return list(paths)
+
+
 def nearest(name: Any, allowed: Iterable[str]) -> str:
-    near = difflib.get_close_matches(name, list(allowed), n=1) if isinstance(name, str) else []
+    near = _near(name, allowed)
     return (f"did you mean {near[0]!r}? " if near else "") + f"allowed: {', '.join(sorted(allowed))}"
+
+
+def nearest_entry(name: Any, entries: Iterable[str]) -> str:
+    """Of names too many to list: the nearest, or what lists them."""
+    near = _near(name, entries)
+    return f"did you mean {near[0]!r}?" if near else "`pizoo list` shows the entries"
+
+
+def _near(name: Any, allowed: Iterable[str]) -> list[str]:
+    return difflib.get_close_matches(name, list(allowed), n=1) if isinstance(name, str) else []
 
 
 def show(value: Any) -> str:

@@ -269,7 +269,7 @@ class Recipe(Part):
             problems = error.errors(include_url=False)
         # A list with a wrong item is also reported as a whole, as if it were shorter: the item says more.
         inner = {problem["loc"][:-1] for problem in problems if len(problem["loc"]) > 1}
-        lines = [explain(problem, cls) for problem in problems if problem["loc"] not in inner]
+        lines = [explain(problem, cls, raw) for problem in problems if problem["loc"] not in inner]
         raise RecipeError("\n  ".join([f"{source}:", *lines]) if len(lines) > 1 else f"{source}: {lines[0]}")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 import time
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -37,7 +38,7 @@ class Plan:
         needed: bytes in all, on the device: rows unless they are on the host, data, and headroom for all else.
         available: bytes free on the device now.
         host_needed, host_available: the same of the host, when rows are kept there; else 0 and what is free.
-        seconds: estimate from a measurement on this device; None for finite nets.
+        seconds: estimate from a measurement on this device; None for finite nets (:mod:`pizoo.training.trial` measures them).
         on_tasks: whether it trains on tasks, which are drawn: then there is no part of the data to take.
     """
 
@@ -134,7 +135,7 @@ def plan(
     Args:
         estimate_time: measure for a second.
         rows_on: "device", "host", or "auto": on the host if rows fit there and not on the device. On a CPU, and for nets
-            without rows, it is all one.
+            without rows, it is all one, and "host" is answered with a warning.
         first: rows that growing layers start with, by name, where not with as many as a fresh net's.
         tested: images that the net is measured on after every epoch.
 
@@ -158,6 +159,9 @@ def plan(
     available, host_available = _free(device), _free(CPU)
     host_needed = row_bytes - mult_bytes + HEADROOM
     on_host = device.type == "cuda" and bool(layers) and rows_on != "device"
+    if rows_on == "host" and not on_host:
+        why = "its rows are in host memory as it is, on a CPU" if layers else "a net of this kind has no rows"
+        warnings.warn(f"{recipe.entry}: rows_on is 'host', which changes nothing: {why}", RuntimeWarning, stacklevel=2)
     if rows_on == "auto":
         on_host = on_host and row_bytes + beside > available and host_needed <= host_available
     seconds = None

@@ -15,6 +15,8 @@ from pathlib import Path
 
 import torch
 
+from pizoo.config import CONFIG
+
 log = logging.getLogger("pizoo")
 
 
@@ -64,7 +66,7 @@ class _LogFile(logging.FileHandler):
 
 @contextmanager
 def logging_to(folder: Path | None) -> Iterator[None]:
-    """Send the package's log to ``train.log`` in a folder while training."""
+    """Send the package's log to ``train.log`` in a folder while training; of a training that never began nothing is kept."""
     if folder is None:
         yield
         return
@@ -84,6 +86,8 @@ def logging_to(folder: Path | None) -> Iterator[None]:
         log.removeHandler(handler)
         with suppress(OSError):  # a full disk is told by the checkpoint that could not be written
             handler.close()
+        if not (folder / CONFIG).exists():
+            (folder / "train.log").unlink(missing_ok=True)
 
 
 class StepProgress:
