@@ -172,7 +172,10 @@ class Training:
 
     def _wants_engine(self, asked: bool | None) -> bool:
         reason = self._cannot()
-        if self.device.type == "cuda" and not all(ops.fused(layer.B[:1], layer.A) for layer in self.growing.values()):
+        layers = [
+            (layer.B.new_empty(1, layer.B.shape[1]), layer.A) for layer in self.growing.values()
+        ]  # rows may be none yet
+        if self.device.type == "cuda" and not all(ops.fused(gbar, A) for gbar, A in layers):
             reason = "there are no fused kernels for its rows on this device"
         if self.net is not self.model:
             reason = "a finite net in several processes is trained by the plain loop"
