@@ -10,6 +10,7 @@ import sys
 import pytest
 import torch
 
+import pizoo
 from pizoo import ops
 from pizoo.data import epoch_order
 from pizoo.ops.append import append_reference
@@ -82,6 +83,16 @@ def test_engine_and_plain_loop_agree_within_rounding_in_short_rows(dtype: str, r
     x = recipe.data.normalize(recipe.data.load().test_x)
     with torch.no_grad():
         assert relative(engine.model(x), plain.model(x)) < rounding
+
+
+@pytest.mark.parametrize("engine", [False, True], ids=["plain loop", "engine"])
+def test_rows_that_take_more_than_their_columns_are_saved_and_loaded_as_they_are(engine: bool, tmp_path) -> None:
+    recipe = load_recipe("digits_infpi", [*INFINITE, "model.r=47", "train.dtype=float16"])
+    trained = train(recipe, tmp_path / "run", device="cpu", engine=engine).model
+    assert trained.output.B.stride() == (48, 1)
+    loaded = pizoo.load(tmp_path / "run").state_dict()
+    for name, wanted in trained.state_dict().items():
+        assert torch.equal(loaded[name], wanted), name
 
 
 def test_training_in_int8_rows_ends_where_training_in_float64_rows_does() -> None:

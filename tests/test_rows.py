@@ -87,6 +87,16 @@ def test_reserving_less_than_there_is_changes_nothing() -> None:
     assert reserved.capacity == 6 and torch.equal(reserved.used, torch.arange(6.0))
 
 
+@pytest.mark.parametrize(("columns", "stored"), [(250, 256), (401, 408), (400, 400), (30, 30), (10, 10)])
+def test_reserved_rows_of_float16_start_at_multiples_of_16_bytes_where_that_costs_little(columns, stored) -> None:
+    for dtype, stride in ((torch.float16, stored), (torch.float32, columns), (torch.int8, columns)):
+        rows = torch.arange(5.0 * columns).remainder(100).view(5, columns).to(dtype)
+        reserved = Reserved(rows)
+        reserved.reserve(9)
+        assert reserved.storage.shape == (9, columns) and reserved.storage.stride() == (stride, 1)
+        assert torch.equal(reserved.used, rows)
+
+
 @pytest.mark.parametrize("scale", [1e-7, 1e-3, 1.0, 1e5])
 def test_float16_rows_lose_nothing_but_their_rounding(scale: float) -> None:
     half, full = make_rows(dtype=torch.float16), make_rows(dtype=torch.float64)

@@ -10,16 +10,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from pizoo import processes
 from pizoo.functional import unit
 from pizoo.memory import HEADROOM, NotEnoughMemory, free_memory, to_host
 from pizoo.ops import fused, growing_backward, growing_forward, growing_forward_jacobian, streamed
 from pizoo.recipes import InfPi, Recipe
-from pizoo.rows import check_place, converted
+from pizoo.rows import check_place, converted, empty_rows, stored_columns
 from pizoo.training.report import peak_memory
 
-PROBE_ROWS = {"cuda": 2**18, "cpu": 2**13}
+# Enough on a GPU for its work to take longer than asking for it; where they stream from the host, for several chunks.
+PROBE_ROWS, HOST_ROWS, DRAWN_ROWS = {"cuda": 2**20, "cpu": 2**13}, 2**18, 2**13
 # A step's work that does not depend on the rows, measured: replayed graph on an H200, plain loop on two CPU cores.
 STEP_OVERHEAD = {"graph": 1e-4, "plain": 2e-3}
 CPU = torch.device("cpu")
@@ -147,11 +149,14 @@ def plan(
     steps_per_epoch = settings.steps_per_epoch or math.ceil(samples / settings.batch_size)
     steps = steps_per_epoch * settings.epochs
     layers = _layers(recipe, samples * settings.epochs, first or {})
-    itemsize = getattr(torch, settings.dtype).itemsize
+    dtype = getattr(torch, settings.dtype)
+    itemsize = dtype.itemsize
     rows = max((last for _, _, last in layers), default=0)
     multipliers = 2 if itemsize == 1 else 1  # int8 rows have bmult beside amult
     mult_bytes = sum(last for _, _, last in layers) * multipliers * max(4, itemsize)
-    row_bytes = sum(last * itemsize * (r_out + recipe.model.r) for r_out, _, last in layers) + mult_bytes
+    row_bytes = mult_bytes
+    for r_out, _, last in layers:
+        row_bytes += last * itemsize * (stored_columns(r_out, dtype) + stored_columns(recipe.model.r, dtype))
     row_bytes, mult_bytes = (math.ceil(part / processes.count()) for part in (row_bytes, mult_bytes))
     # As the net takes them in float32, and to train on also raw; all of Omniglot, rotated, is 100 MB.
     data = 0 if recipe.tasks else recipe.data.d * (samples * (4 + 1) + tested * 4)
@@ -237,10 +242,12 @@ def _seconds_per_row(recipe: Recipe, r_out: int, b: int, device: torch.device, o
     In one pass where the engine takes one (:mod:`pizoo.training.engine`).
     """
     r, dtype = recipe.model.r, getattr(torch, recipe.train.dtype)
-    rows = PROBE_ROWS[device.type]
+    rows = HOST_ROWS if on_host else PROBE_ROWS[device.type]
+    rows = min(rows, free_memory(device) // (4 * dtype.itemsize * (r + r_out)))
     gbar = unit(torch.randn(b, r, device=device))[0]
-    A, B = (torch.randn(rows, n, device=device) for n in (r_out, r))
-    A, B, amult, *bmults = converted(A, B / r**0.5, torch.ones(rows, device=device), dtype)
+    A, B = (torch.randn(DRAWN_ROWS, n, device=device) for n in (r_out, r))
+    drawn = converted(A, B / r**0.5, torch.ones(DRAWN_ROWS, device=device), dtype)
+    A, B, amult, *bmults = (_repeated(part, rows) for part in drawn)
     if on_host:
         A, B = to_host(A, dtype), to_host(B, dtype)
     delta, bmult = torch.randn(b, r_out, device=device), bmults[0] if bmults else None
@@ -253,14 +260,25 @@ def _seconds_per_row(recipe: Recipe, r_out: int, b: int, device: torch.device, o
         else:
             growing_forward(gbar, A, B, amult, bmult=bmult)
             growing_backward(gbar, A, B, amult, delta, bmult=bmult)
+
+    def done() -> float:
         if device.type == "cuda":
             torch.cuda.synchronize(device)
+        return time.perf_counter()
 
     run()
-    begin = time.perf_counter()
+    begin = done()
     for _ in range(3):
         run()
-    return (time.perf_counter() - begin) / 3 / rows
+    return (done() - begin) / 3 / rows
+
+
+def _repeated(drawn: Tensor, rows: int) -> Tensor:
+    """So many rows, stored as a layer stores them."""
+    storage = empty_rows((rows, *drawn.shape[1:]), drawn.dtype, drawn.device)
+    for block in storage.split(len(drawn)):
+        block.copy_(drawn[: len(block)])
+    return storage
 
 
 def _asked_for(reported: str) -> int:
