@@ -23,11 +23,11 @@ from PIL import Image
 from torch import Tensor
 
 import pizoo
-from pizoo.checkpoint import write_json
 from pizoo.data import FewShotBatch, TaskPool, omniglot
 from pizoo.data.known import dataset_path
 from pizoo.data.tasks import Uniform
 from pizoo.evaluation.fewshot import SPLITS, Learner, TaskAccuracy, adapter, split_pool, task_correct
+from pizoo.files import write_json
 
 ENTRIES = ("omniglot_nngp", "omniglot_ntk", "omniglot_mu", "omniglot_finpi")
 NARROW = ("model.width=512", "train.epochs=10", "train.dtype=float32", "tasks.validation_tasks=500")

@@ -14,11 +14,12 @@ import math
 import time
 from pathlib import Path
 
+import numpy
 import torch
 from steps import fill
 
 from pizoo import processes
-from pizoo.data import Dataset
+from pizoo.data import Dataset, training_images
 from pizoo.memory import choose_device
 from pizoo.recipes import load_recipe
 from pizoo.training.report import hardware
@@ -91,6 +92,21 @@ def table(found: list[dict]) -> str:
     return "\n".join(lines)
 
 
+def whole_recipe(found: list[dict], entry: str) -> str:
+    """Estimated hours of all steps of a recipe, from the times of its steps at one number of rows.
+
+    A step's time is taken as proportional to the rows, which grow from next to none; on n processes as ``a + b / n``, fitted.
+    """
+    times = {one["processes"]: one["ms"] for one in found if (one["entry"], one["rows"]) == (entry, ROWS[entry])}
+    recipe = load_recipe(entry)
+    train, samples = recipe.train, training_images(recipe.data.name)
+    steps, rows = train.epochs * math.ceil(samples / train.batch_size), train.epochs * samples
+    b, a = numpy.polyfit([1 / n for n in times], list(times.values()), 1)
+    hours = {n: steps * times.get(n, a + b / n) * rows / 2 / ROWS[entry] / 3.6e6 for n in (1, 2, 4, 8)}
+    told = ", ".join(f"{h:.2f} h on {n}" + ("" if n in times else " (extrapolated)") for n, h in hours.items())
+    return f"{entry}, {steps:,} steps, {rows:,} rows in the end: {told}"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, help="in all nets, instead of their own")
@@ -111,6 +127,8 @@ def main() -> None:
         if args.json is not None:
             args.json.write_text(json.dumps(result, indent=1) + "\n")
         print(table(result["steps"]), flush=True)
+        if len({one["processes"] for one in result["steps"]}) > 1:
+            print(whole_recipe(result["steps"], "imagenet32_infpi_r200"))
     processes.leave()
 
 

@@ -274,6 +274,11 @@ class _Card:
         return self.recipe["published"]
 
     @property
+    def papers_entry(self) -> str:
+        """The paper's entry: this one, or the one that it stands in for, on data that may not be handed on."""
+        return self.recipe["entry"].replace(f"tiny{IMAGENET32}", IMAGENET32)
+
+    @property
     def run(self) -> str:
         """What differs from one of its trainings to the next."""
         return "split" if self.recipe["data"]["name"] == "digits" else "seed"
@@ -409,8 +414,8 @@ def _sections(card: _Card) -> Iterator[tuple[str, str]]:
     if card.compact:
         yield "A compact net", _compact(card)
     yield "The published number", _published(card)
-    if compared := list(_compared(card)):
-        yield f"Beside the others, on the same {card.unit}s", "\n".join([COMPARED.format(unit=card.unit), *compared])
+    if compared := _compared(card):
+        yield f"Beside the others, on the same {card.unit}s", compared
     yield "Training", _training(card)
     if "tuned" in card.results:
         yield "Tuning", _tuning(card)
@@ -420,11 +425,7 @@ EPOCHS = (
     " Rows are appended and stay: those after an epoch are the first of those after the next, and the net of every epoch "
     "loads from the training's folder (`pizoo evaluate runs/{entry} --epoch 1`)."
 )
-COMPARED = (
-    "Accuracy here minus accuracy there in points (means over seeds), compared {unit} by {unit}; 95 % interval over {unit}s:"
-    "\n\n"
-    "| entry | difference | interval |\n| --- | --- | --- |"
-)
+COMPARED = "Accuracy here minus accuracy there in points, mean over seeds, {unit} by {unit}; 95 % interval over {unit}s:"
 
 
 def _numbers(card: _Card) -> str:
@@ -560,7 +561,12 @@ def _published(card: _Card) -> str:
     """The paper's number, how far ours is from it and why."""
     published, results = card.published, card.results
     if published is None:
-        return "The paper has no number for it."
+        told = ["The paper has no number for it."]
+        if (there := _in_the_paper(card)) is not None:
+            told = [
+                f"The paper has no number for it; of the same net trained on {DATASETS[IMAGENET32]} it has {there:.2f}."
+            ]
+        return _with_reasons(card, told)
     told = [f"{published['accuracy']:.2f} ({published['source']}; {published['protocol']})."]
     if results:
         away, tolerance = results["mean_accuracy"] - published["accuracy"], card.recipe["tolerance"]["reproduce"]
@@ -575,7 +581,11 @@ def _published(card: _Card) -> str:
             f", {abs(results['mean_accuracy'] - published['rerun']):.2f} points from the number here" if results else ""
         )
         told.append(f"The paper's own code, run once with this recipe, gives {published['rerun']:.2f}{here}.")
-    return " ".join([*told, *([card.recipe["differs"]] if card.recipe["differs"] else [])])
+    return _with_reasons(card, told)
+
+
+def _with_reasons(card: _Card, told: list[str]) -> str:
+    return " ".join([*told, *filter(None, [card.recipe["differs"]])])
 
 
 def _chance(card: _Card) -> float:
@@ -586,24 +596,41 @@ def _chance(card: _Card) -> float:
     return 100 * (share * (1 - share) / card.count) ** 0.5
 
 
-def _compared(card: _Card) -> Iterator[str]:
-    """Lines of a table: how far this entry is from those beside it on the same test images, or tasks."""
+def _compared(card: _Card) -> str:
+    """A table: how far this entry is from those beside it on the same test images, or tasks; nothing without others."""
     if not card.results or card.run == "split":  # other splits are other test images
-        return
-    beside = [config.parent for config in sorted(card.folder.parent.glob(f"*/{CONFIG}"))]
-    for folder in beside:
-        recipe = read_config(folder)["recipe"]
-        if folder.name == card.folder.name or _measured_on(recipe) != _measured_on(card.recipe):
-            continue
-        other = _Card.read(folder)
-        if other.results and (other.split, other.count) == (card.split, card.count):
-            away = paired_difference(_share(card), _share(other))
-            yield f"| `{other.name}` | {away.points:+.2f} | {away.low:+.2f} to {away.high:+.2f} |"
+        return ""
+    beside = [
+        config.parent for config in sorted(card.folder.parent.glob(f"*/{CONFIG}")) if config.parent != card.folder
+    ]
+    like = [folder for folder in beside if _data_sets(read_config(folder)["recipe"]) == _data_sets(card.recipe)]
+    others = [other for other in map(_Card.read, like) if other.results]
+    others = [other for other in others if (other.split, other.count) == (card.split, card.count)]
+    if not others:
+        return ""
+    here, numbers = _in_the_paper(card), list(map(_in_the_paper, others))
+    printed = here is not None and numbers != [None] * len(numbers)
+    heads = ["entry", "difference", "interval", *(["published difference"] if printed else [])]
+    lines = [COMPARED.format(unit=card.unit), "", f"| {' | '.join(heads)} |", "| --- " * len(heads) + "|"]
+    for other, there in zip(others, numbers, strict=True):
+        away = paired_difference(_share(card), _share(other))
+        cells = [f"`{other.name}`", f"{away.points:+.2f}", f"{away.low:+.2f} to {away.high:+.2f}"]
+        cells += ["–" if there is None else f"{here - there:+.2f}"] if printed else []
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
-def _measured_on(recipe: dict[str, Any]) -> str:
-    """The data set that a recipe's number is on."""
-    return (recipe.get("transfer") or recipe)["data"]["name"]
+def _data_sets(recipe: dict[str, Any]) -> tuple[str, str]:
+    """What a recipe trains on, and what its number is on."""
+    return recipe["data"]["name"], (recipe.get("transfer") or recipe)["data"]["name"]
+
+
+def _in_the_paper(card: _Card) -> float | None:
+    """The paper's number for an entry; for one that stands in for the paper's, on other data, that one's."""
+    if card.published or card.papers_entry == card.recipe["entry"]:
+        return card.published and card.published["accuracy"]
+    there = card.folder.parent / card.papers_entry
+    return _in_the_paper(_Card.read(there)) if (there / CONFIG).exists() else None
 
 
 def _share(card: _Card) -> Tensor:
@@ -645,7 +672,7 @@ def _training(card: _Card) -> str:
         f"{epochs}, SGD with learning rate {train['lr']:g}, "
         f"{schedule['name']} schedule{clipped}; {stored} in {train['dtype']}. `config.json` holds the whole recipe. "
         f"To run it again: `pizoo train {recipe['entry']}`; all of it, this card included: `pizoo reproduce {recipe['entry']}`."
-        f"{EPOCHS.format(entry=recipe['entry']) if card.rows else ''}"
+        f"{EPOCHS.format(entry=recipe['entry']) if card.rows else ''}{' ' + recipe['cost'] if recipe.get('cost') else ''}"
         f"{picture if (card.folder / CURVES).exists() else ''}"
     )
 

@@ -40,7 +40,7 @@ from pizoo.recipes.parts import (
     Tune,
 )
 
-ENTRYS_OWN = ("entry", "description", "published", "differs", "seeds", "tolerance", "tune", "compact")
+ENTRYS_OWN = ("entry", "description", "published", "differs", "cost", "seeds", "tolerance", "tune", "compact")
 NETWORKS = {"infpi": InfPiMLP, "finpi": FinPiMLP, "mu": MuMLP}
 KERNELS = {"nngp": NNGPRegressor, "ntk": NTKRegressor}
 KERNEL_LEARNERS = {"nngp": NNGPLearner, "ntk": NTKLearner}
@@ -59,10 +59,13 @@ class Recipe(Part):
     seeds: Annotated[int, Field(ge=1, le=1000)] = 1  # how many the entry's recorded mean is over: 0, 1, ...
     published: Published | None = None
     differs: Annotated[str, Field(min_length=1)] | None = None  # in what the numbers differ from the published, and why
+    cost: Annotated[str, Field(min_length=1)] | None = (
+        None  # the time of a training that has not been run, and its grounds
+    )
     tolerance: Tolerance = Tolerance()
     tune: Tune | None = None
     compact: Compact | None = None  # None: what was trained is shipped
-    only_if_given: ClassVar[tuple[str, ...]] = ("tasks", "transfer", "compact")
+    only_if_given: ClassVar[tuple[str, ...]] = ("tasks", "transfer", "cost", "compact")
 
     @model_validator(mode="before")
     @classmethod
