@@ -16,7 +16,7 @@ from pizoo.files import CheckpointError, read_json
 
 REPOSITORY = Path(__file__).parent.parent
 CARDS = REPOSITORY / "model_cards"
-LARGEST_CLONE = 250 * 1000**2
+LARGEST_CLONE = 500 * 1000**2  # half of it the weights of 15 nets and kernels, half what git keeps of them
 
 
 def git(*arguments: str) -> str:
