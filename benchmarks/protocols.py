@@ -29,7 +29,7 @@ from pizoo.data.tasks import Uniform
 from pizoo.evaluation.fewshot import SPLITS, Learner, TaskAccuracy, adapter, split_pool, task_correct
 from pizoo.files import write_json
 
-ENTRIES = ("omniglot_nngp", "omniglot_ntk", "omniglot_mu", "omniglot_finpi")
+ENTRIES = ("omniglot_nngp", "omniglot_ntk", "omniglot_mu", "omniglot_finpi", "omniglot_infpi")
 NARROW = ("model.width=512", "train.epochs=10", "train.dtype=float32", "tasks.validation_tasks=500")
 
 Shrink = Callable[[np.ndarray], Tensor]
