@@ -125,6 +125,10 @@ def empty_rows(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device)
     return storage[:, : columns[0]] if columns else storage
 
 
+class _NoTensorError(TypeError, AttributeError):
+    """What torch's functions raise that are given pending rows; its attributes too, for which ``hasattr`` is then False."""
+
+
 class PendingRows(Tensor):
     """The gradient of a growing layer: the rows that the next step will append, before learning rate and multiplier.
 
@@ -148,7 +152,7 @@ class PendingRows(Tensor):
 
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
-        raise TypeError(NO_TENSOR)
+        raise _NoTensorError(NO_TENSOR)
 
     def __len__(self) -> int:
         return len(self.A)
@@ -183,12 +187,14 @@ class PendingRows(Tensor):
         return PendingRows(fn(self.A), fn(self.B))
 
     def __getattr__(self, name: str):
+        if hasattr(Tensor, name):
+            raise _NoTensorError(NO_TENSOR)
         raise AttributeError(f"PendingRows has no {name!r}: {NO_TENSOR}")
 
     def __repr__(self, **_: Any) -> str:
         return f"PendingRows({len(self)} rows: {NO_TENSOR})"
 
-    __format__ = object.__format__
+    __format__, __dir__ = object.__format__, object.__dir__
 
     # What nn.Module.zero_grad(set_to_none=False) does to a gradient.
     def requires_grad_(self, requires_grad: bool = True) -> PendingRows:
@@ -294,7 +300,7 @@ class Rows(nn.Module):
     and so do :meth:`reserve`, :meth:`append`, :meth:`put`, :meth:`grown` and ``load_state_dict``.
 
     ``load_state_dict`` accepts any number of rows. ``state_dict`` shares memory with the rows only when no room is
-    reserved behind them; else it copies, so that saving it does not save the empty room.
+    reserved behind or beside them; else it copies, so that saving it does not save the empty room.
     """
 
     rows_on: Place = "device"
@@ -556,7 +562,7 @@ class Rows(nn.Module):
             )
         super()._save_to_state_dict(destination, prefix, keep_vars)
         for name, part in (("A", self._A), ("B", self._B)):
-            if part.capacity > part.count and not keep_vars:
+            if (part.capacity > part.count or not part.used.is_contiguous()) and not keep_vars:
                 destination[prefix + name] = part.used.clone()
         destination[prefix + "amult"] = self.amult
 

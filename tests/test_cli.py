@@ -588,9 +588,11 @@ def test_a_training_that_is_refused_leaves_nothing_behind(pizoo_command, tmp_pat
     shown = pizoo_command(*command)
     assert shown.code == 2 and one_line(shown.err) and not (tmp_path / "runs").exists()
     (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "notes.txt").write_text("of mine")
+    (tmp_path / "mine" / "train.log").write_text("of mine\n")
     pizoo_command(*command, "--out", tmp_path / "mine")
-    assert [path.name for path in (tmp_path / "mine").iterdir()] == ["notes.txt"]
+    assert [path.name for path in (tmp_path / "mine").iterdir()] == ["train.log"]
+    assert (tmp_path / "mine" / "train.log").read_text().startswith("of mine\n")
+    (tmp_path / "mine" / "train.log").unlink()
     pizoo_command("train", "digits_mu", *TINY, "--out", tmp_path / "mine" / "run")
     assert {"train.log", "train.lock"} <= {path.name for path in (tmp_path / "mine" / "run").iterdir()}
 
@@ -641,6 +643,10 @@ def test_a_plan_says_how_long_a_finite_net_will_take(pizoo_command, tmp_path):
     assert took / 5 < said < 5 * took  # other processes may have come or gone
     planned = pizoo_command("train", "digits_mu", "--dry-run", "--out", tmp_path / "none")
     assert planned.code == 0 and re.search(r"about [\d.]+ s", planned.out) and not (tmp_path / "none").exists()
+
+
+def test_a_plan_of_huge_batches_takes_no_more_images_than_there_are():
+    assert 0 < step_seconds(load_recipe("digits_mu", ["train.batch_size=1000"]), 1348, torch.device("cpu")) < 5
 
 
 def test_more_tasks_a_step_are_seen_to_take_longer():

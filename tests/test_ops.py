@@ -369,7 +369,7 @@ def test_batches_go_to_the_kernel_for_them_where_it_can_run(monkeypatch):
 @pytest.mark.gpu
 @pytest.mark.skipif(not CUDA or torch.cuda.get_device_capability() != (9, 0), reason="needs a Hopper GPU")
 @pytest.mark.parametrize("b", [9, 16, 17, 33, 40, 64, 65, 80, 96])
-@pytest.mark.parametrize("shape", [(400, 400), (200, 400), (400, 10)], ids=str)
+@pytest.mark.parametrize("shape", [(400, 400), (200, 250), (200, 400), (400, 10)], ids=str)
 def test_the_kernel_for_batches_matches_the_definition_on_the_grid(b, shape, monkeypatch):
     from pizoo.ops import triton
 

@@ -176,7 +176,7 @@ def plan(
             _seconds_per_row(recipe, r_out, batch, device, on_host) * (before + last) / 2 / processes.count()
             for r_out, before, last in layers
         )
-        graph = device.type == "cuda" and not on_host and not recipe.tasks
+        graph = device.type == "cuda" and not on_host
         overhead = STEP_OVERHEAD["graph" if graph else "plain"]
         seconds = steps * (overhead + of_rows)
     buffers = streamed.BUFFERS * streamed.CHUNK_BYTES
@@ -243,7 +243,7 @@ def _seconds_per_row(recipe: Recipe, r_out: int, b: int, device: torch.device, o
     """
     r, dtype = recipe.model.r, getattr(torch, recipe.train.dtype)
     rows = HOST_ROWS if on_host else PROBE_ROWS[device.type]
-    rows = min(rows, free_memory(device) // (4 * dtype.itemsize * (r + r_out)))
+    rows = max(DRAWN_ROWS, min(rows, free_memory(device) // (4 * dtype.itemsize * (r + r_out))))
     gbar = unit(torch.randn(b, r, device=device))[0]
     A, B = (torch.randn(DRAWN_ROWS, n, device=device) for n in (r_out, r))
     drawn = converted(A, B / r**0.5, torch.ones(DRAWN_ROWS, device=device), dtype)

@@ -71,7 +71,9 @@ def logging_to(folder: Path | None) -> Iterator[None]:
         yield
         return
     folder.mkdir(parents=True, exist_ok=True)
-    handler = _LogFile(folder / "train.log")
+    file = folder / "train.log"
+    new = not file.exists()
+    handler = _LogFile(file)
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
     log.addHandler(handler)
     level = log.level
@@ -86,8 +88,8 @@ def logging_to(folder: Path | None) -> Iterator[None]:
         log.removeHandler(handler)
         with suppress(OSError):  # a full disk is told by the checkpoint that could not be written
             handler.close()
-        if not (folder / CONFIG).exists():
-            (folder / "train.log").unlink(missing_ok=True)
+        if new and not (folder / CONFIG).exists():
+            file.unlink(missing_ok=True)
 
 
 class StepProgress:

@@ -21,6 +21,8 @@ def step_seconds(recipe: Recipe, samples: int, device: torch.device) -> float:
     """
     tasks, settings, steps = recipe.tasks, recipe.train, STEPS[device.type]
     size = settings.batch_size if tasks else min(settings.batch_size, samples)
+    if not tasks:
+        steps = min(steps, samples // size)
     # Steps so small that nothing diverges, whatever the inputs.
     short = {"epochs": 2, "batch_size": size, "lr": 1e-6, "init_from": None}
     parts = {"transfer": None}
@@ -38,7 +40,8 @@ def step_seconds(recipe: Recipe, samples: int, device: torch.device) -> float:
 
 def _images(recipe: Recipe, steps: int) -> Dataset:
     data, count = recipe.data, steps * recipe.train.batch_size
-    x, y = torch.rand(count, *data.input_size) * data.scale, torch.randint(data.classes, (count,))
+    x = torch.randint(min(255, int(data.scale)) + 1, (count, *data.input_size), dtype=torch.uint8)
+    y = torch.randint(data.classes, (count,))
     return Dataset("random", x, y, None, None, tuple(map(str, range(data.classes))))
 
 
