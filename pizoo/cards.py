@@ -425,7 +425,9 @@ EPOCHS = (
     " Rows are appended and stay: those after an epoch are the first of those after the next, and the net of every epoch "
     "loads from the training's folder (`pizoo evaluate runs/{entry} --epoch 1`)."
 )
-COMPARED = "Accuracy here minus accuracy there in points, mean over seeds, {unit} by {unit}; 95 % interval over {unit}s:"
+COMPARED = (
+    "Accuracy here minus accuracy there in points, mean over seeds, {unit} by {unit}; 95 % interval over {unit}s:"
+)
 
 
 def _numbers(card: _Card) -> str:

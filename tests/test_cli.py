@@ -119,7 +119,7 @@ def test_the_readmes_example_of_own_images_does_what_it_says(pizoo_command, read
     assert pizoo_command("verify", "runs/mine").code == 0
 
 
-def test_the_readmes_fine_tuning_beats_a_frozen_trunk_and_a_fresh_start(pizoo_command, tmp_path):
+def test_the_readmes_fine_tuning_beats_a_fresh_start_with_a_frozen_trunk_too(pizoo_command, tmp_path):
     text = README.read_text().partition("**Fine-tuning**")[2]
     recipe, commands = (re.search(rf"```{kind}\n(.*?)```", text, re.DOTALL).group(1) for kind in ("yaml", "sh"))
     (tmp_path / "high.yaml").write_text(recipe)
@@ -130,7 +130,7 @@ def test_the_readmes_fine_tuning_beats_a_frozen_trunk_and_a_fresh_start(pizoo_co
         folder = Path(command[command.index("--out") + 1] if "--out" in command else "runs/high")
         accuracies.append(json.loads((folder / "results.json").read_text())["accuracy"])
     _, tuned_accuracy, scratch_accuracy, frozen_accuracy = accuracies
-    assert tuned_accuracy > scratch_accuracy + 4 and tuned_accuracy > frozen_accuracy
+    assert min(tuned_accuracy, frozen_accuracy) > scratch_accuracy + 3
 
 
 @pytest.mark.parametrize(

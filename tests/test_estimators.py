@@ -107,9 +107,9 @@ def test_inputs_of_another_size_and_what_has_no_features_are_refused():
         FeatureKernel("digits_nngp")(load_digits().data[:3])
 
 
-def test_the_readmes_example_runs_and_its_three_classifiers_agree(capsys):
+def test_the_readmes_example_runs_and_its_three_classifiers_know_digits(capsys):
     readme = (Path(pizoo.__file__).parent.parent / "README.md").read_text()
     (code,) = (block for block in re.findall(r"```python\n(.*?)```", readme, re.DOTALL) if "FeatureKernel" in block)
     exec(compile(code, "README.md", "exec"), {})
-    found = [np.array(part.split(), dtype=int) for part in capsys.readouterr().out.replace("[", "").split("]")[:3]]
-    assert all(len(a) == 449 and (a == b).mean() > 0.97 for a, b in zip(found, found[1:] + found[:1], strict=True))
+    accuracies = [float(line) for line in capsys.readouterr().out.split()]
+    assert len(accuracies) == 3 and min(accuracies) > 0.97
