@@ -2,7 +2,8 @@
 
 Same functions and signatures as ``pizoo.ops.reference``. Correlations and upcast rows exist for one block at a time, so
 memory stays at the rows plus one block, and on a CPU a block is still in cache when it is used the second time.
-Blocks are summed in the order of the rows: two runs give the same bits.
+Blocks are summed in the order of the rows: two runs give the same bits. Within a block samples are columns, [n, b]: a
+product of many rows with few columns keeps a CPU's memory busy, while its transpose takes up to twice as long.
 """
 
 from __future__ import annotations
@@ -15,8 +16,7 @@ from torch import Tensor
 from pizoo.functional import F00, F02, F11
 from pizoo.ops.reference import accumulate_dtype, correlations
 
-CPU_BLOCK = 8192  # 8192 x 400 float32 are 13 MB: blocks of A and B converted to float32 fit an ordinary cache
-CPU_BLOCK_AS_IS = 32768  # nothing to convert: fewer, larger products
+CPU_BLOCK = 4096  # 4096 x 400 float32 are 7 MB: blocks of A and B stay in an ordinary cache until they are used again
 DEVICE_BLOCK = 1 << 18  # elsewhere launches cost more than memory
 
 
@@ -27,8 +27,8 @@ def growing_forward(
     dtype = accumulate_dtype(A.dtype)
     gbar = gbar.to(dtype)
     out = gbar.new_zeros(len(gbar), A.shape[1])
-    for A_block, B_block, amult_block, bmult_block in _blocks(dtype, count, A, B, amult, bmult):
-        out.addmm_(F00(correlations(gbar, B_block, bmult_block)) * amult_block, A_block)
+    for A_block, B_block, amult_block in _blocks(dtype, count, A, B, amult, bmult):
+        out.addmm_((F00(correlations(B_block, gbar)) * amult_block).T, A_block)
     return out
 
 
@@ -44,13 +44,13 @@ def growing_backward(
     """The gradient with respect to g; see :func:`pizoo.ops.reference.growing_backward`."""
     dtype = accumulate_dtype(A.dtype)
     gbar, delta = gbar.to(dtype), delta.to(dtype)
-    grad, along = torch.zeros_like(gbar), gbar.new_zeros(len(gbar), 1)
-    for A_block, B_block, amult_block, bmult_block in _blocks(dtype, count, A, B, amult, bmult):
-        q = correlations(gbar, B_block, bmult_block)
-        dgamma = delta @ A_block.T * amult_block
-        grad.addmm_(_times(dgamma * F11(q), bmult_block), B_block)
-        along += (dgamma * F02(q)).sum(1, keepdim=True)
-    return grad + along * gbar
+    grad, along = torch.zeros_like(gbar), gbar.new_zeros(len(gbar))
+    for A_block, B_block, amult_block in _blocks(dtype, count, A, B, amult, bmult):
+        q = correlations(B_block, gbar)
+        dgamma = A_block @ delta.T * amult_block
+        grad.addmm_((dgamma * F11(q)).T, B_block)
+        along += (dgamma * F02(q)).sum(0)
+    return grad + along[:, None] * gbar
 
 
 def growing_forward_jacobian(
@@ -62,25 +62,32 @@ def growing_forward_jacobian(
     (b, r), r_out = gbar.shape, A.shape[1]
     out, along = gbar.new_zeros(b, r_out), gbar.new_zeros(b, r_out)
     jacobian = gbar.new_zeros(b * r_out, r)
-    for A_block, B_block, amult_block, bmult_block in _blocks(dtype, count, A, B, amult, bmult):
-        q = correlations(gbar, B_block, bmult_block)
-        weights = (A_block.T * amult_block).contiguous()
-        out.addmm_(F00(q), weights.T)
-        along.addmm_(F02(q), weights.T)
-        jacobian.addmm_((_times(F11(q), bmult_block)[:, None] * weights).flatten(0, 1), B_block)
+    for A_block, B_block, amult_block in _blocks(dtype, count, A, B, amult, bmult):
+        q = correlations(B_block, gbar)
+        weights = A_block * amult_block
+        out.addmm_(F00(q).T, weights)
+        along.addmm_(F02(q).T, weights)
+        jacobian.addmm_((F11(q)[:, :, None] * weights[:, None]).flatten(1).T, B_block)
     return out, jacobian.view(b, r_out, r) + along[:, :, None] * gbar[:, None]
 
 
-def _times(coefficients: Tensor, bmult: Tensor | None) -> Tensor:
-    return coefficients if bmult is None else coefficients * bmult
+def _blocks(
+    dtype: torch.dtype, count: Tensor | None, A: Tensor, B: Tensor, amult: Tensor, bmult: Tensor | None
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Yield the rows in use, block by block in ``dtype``: A, unit rows ``bmult B``, and amult as a column.
 
-
-def _blocks(dtype: torch.dtype, count: Tensor | None, *rows: Tensor | None) -> Iterator[tuple[Tensor | None, ...]]:
-    """Yield the rows in use, converted to ``dtype``, block by block."""
-    M = len(rows[0]) if count is None else int(count)
-    size = DEVICE_BLOCK
-    if rows[0].device.type == "cpu":
-        size = CPU_BLOCK_AS_IS if rows[0].dtype == dtype else CPU_BLOCK
+    What had to be converted is overwritten by the next block.
+    """
+    M = len(A) if count is None else int(count)
+    size = CPU_BLOCK if A.device.type == "cpu" else DEVICE_BLOCK
+    as_is = A.dtype == dtype and bmult is None
+    rooms = [None if as_is else rows.new_empty(min(size, M), rows.shape[1], dtype=dtype) for rows in (A, B)]
     for start in range(0, M, size):
-        stop = min(start + size, M)
-        yield tuple(part if part is None else part[start:stop].to(dtype) for part in rows)
+        block = slice(start, min(start + size, M))
+        A_block, B_block = (
+            rows[block] if room is None else room[: block.stop - start].copy_(rows[block])
+            for rows, room in zip((A, B), rooms, strict=True)
+        )
+        if bmult is not None:
+            B_block *= bmult[block, None]
+        yield A_block, B_block, amult[block, None].to(dtype)
