@@ -63,7 +63,7 @@ def _show_version(asked: bool) -> None:
     from pizoo import __version__
 
     if asked:
-        out.print(f"pizoo {__version__}", highlight=False)
+        _say(f"pizoo {__version__}", highlight=False)
         raise typer.Exit
 
 
@@ -151,7 +151,11 @@ def train(
             results = run(loaded, folder, **options).results
             rows = [(loaded.entry, results)]
     except KeyboardInterrupt:
-        err.print(f"interrupted; the same command goes on after the last finished epoch in {folder}", soft_wrap=True)
+        err.print(
+            f"interrupted; the same command goes on after the last finished epoch in {folder}",
+            markup=False,
+            soft_wrap=True,
+        )
         raise typer.Exit(130) from None
     part, best = (loaded.tasks.headline if loaded.tasks else "test"), rows[0][1].get("best_epoch")
     if loaded.transfer:
@@ -163,8 +167,8 @@ def train(
     cells = [(name, *_training_cells(one, loaded.train is not None)) for name, one in rows]
     _print_table(columns, cells, least=("peak memory", "wall time"))
     if seeds is not None:
-        out.print(f"{loaded.entry}: {_mean(results)}", soft_wrap=True)
-    out.print(f"checkpoint and log: {folder}", markup=False, soft_wrap=True)
+        _say(f"{loaded.entry}: {_mean(results)}")
+    _say(f"checkpoint and log: {folder}")
 
 
 def _training_cells(results: dict[str, Any], has_epochs: bool) -> tuple[str, ...]:
@@ -222,14 +226,14 @@ def _print_plan(recipe: Any, data: Path | None, device: str | None, rows_on: str
     columns = ("entry", "steps", "rows a layer", "rows on", "memory needed", "free", "time")
     _print_table(columns, [row], caption=None, least=("rows on", "free"))
     if planned.rows_on == "host":
-        out.print(planned.streaming(recipe.entry), markup=False, soft_wrap=True)
+        _say(planned.streaming(recipe.entry))
     if recipe.transfer:
         target = recipe.transfer.data
         known = training_images(target.name) if target.path is None and target.keep is None else None
         count = target.subset or known or len(target.load(data).train_y)
         size = kernel_bytes(count, count, 8, chosen, FACTORED) / 2**30
         told = f"measuring transfer takes {size:.1f} GiB beside: a kernel of {count:,} images of {target.name} and its factor"
-        out.print(told, markup=False, soft_wrap=True)
+        _say(told)
     planned.check(recipe.entry)
     if recipe.transfer:
         check_measuring(recipe.transfer, count, chosen, planned.needed - HEADROOM)
@@ -248,7 +252,7 @@ def _images(recipe: Any, data: Path | None) -> tuple[int, int]:
         if known is None:
             raise
         samples = min(known, recipe.data.subset or known)
-        out.print(f"{recipe.data.name} is not here; planned for {samples:,} training images", soft_wrap=True)
+        _say(f"{recipe.data.name} is not here; planned for {samples:,} training images")
         return samples, 0
 
 
@@ -298,7 +302,7 @@ def evaluate(
     _print_table(("entry", "data", "images", "accuracy", "time"), [row])
     if "ridge" in result:
         told = f"by ridge regression on the features' kernel of {result['training_images']:,} training images"
-        out.print(f"{told}, ridge {result['ridge']:g}", soft_wrap=True)
+        _say(f"{told}, ridge {result['ridge']:g}")
 
 
 @app.command()
@@ -350,7 +354,7 @@ def kernel(
         parts = f"{len(found.features.train_y):,} training images"
         if found.features.test_y is not None:
             parts += f", then {len(found.features.test_y):,} test images"
-        out.print(f"wrote {out_file}: {rows:,} x {columns:,}, {parts}", markup=False, soft_wrap=True)
+        _say(f"wrote {out_file}: {rows:,} x {columns:,}, {parts}")
     if ridge:
         result = found.regress(ridge, (tolerance or TOLERANCE) if iterative else None)
         row = (
@@ -365,7 +369,7 @@ def kernel(
         columns = ("entry", "data", "training / test images", "ridge", "accuracy", "features", "regression")
         _print_table(columns, [row], least=("features", "regression"))
         for tried, accuracy in zip(ridge, result["validation_accuracies"] or (), strict=False):
-            out.print(f"ridge {tried:g}: {accuracy:.2f} on held-out training images")
+            _say(f"ridge {tried:g}: {accuracy:.2f} on held-out training images")
 
 
 @app.command()
@@ -440,16 +444,16 @@ def verify(
     columns = ("entry", "checkpoint", "recorded", "measured", "mean", "published", "our training", "time")
     _print_table(columns, rows, least=("time", "mean", "published"))
     for check in dict.fromkeys(report.check for report in reports if report.check.startswith("first")):
-        out.print(f"of the {check}, as recorded and as measured")
+        _say(f"of the {check}, as recorded and as measured")
     for report in reports:
         if report.half_width is not None:
             told = f"measured on {report.check}, ± the 95 % interval; mean over seeds of all recorded tasks"
-            out.print(f"{report.entry}: {told}", markup=False, soft_wrap=True)
+            _say(f"{report.entry}: {told}")
         elif "training images" in report.check:
             told = f"ridge regression on {report.check}; mean over seeds of the whole problem"
-            out.print(f"{report.entry}: {told}", markup=False, soft_wrap=True)
+            _say(f"{report.entry}: {told}")
         if report.reason:
-            out.print(f"{report.entry}: {report.reason}", markup=False, soft_wrap=True)
+            _say(f"{report.entry}: {report.reason}")
     if json_file is not None:
         write_json(json_file, [report.to_dict() for report in reports])
     statuses = {report.status for report in reports}
@@ -507,11 +511,11 @@ def reproduce(
         verified = verified and all(report.status == "verified" for report in reports)
         statuses = ", ".join(dict.fromkeys(report.status for report in reports))
         time = duration(results["total_wall_seconds"])
-        out.print(f"{entry}: {_mean(results)}{tuned}{compact}; {statuses}; {time}; card in {card}", soft_wrap=True)
+        _say(f"{entry}: {_mean(results)}{tuned}{compact}; {statuses}; {time}; card in {card}")
     for entry in made:
         write_card(cards / entry)  # once more: cards compare themselves with those beside them
     if len(made) > 1:
-        out.print(f"all: trained, tuned and solved in {duration(seconds)}")
+        _say(f"all: trained, tuned and solved in {duration(seconds)}")
     if not verified:
         raise typer.Exit(EXIT_MISMATCH)
 
@@ -531,7 +535,7 @@ def card(
         refresh(cards / entry, load_recipe(entry))
         if (cards / entry / TUNED).is_dir():
             refresh(cards / entry / TUNED, load_recipe(entry))
-        out.print(f"{entry}: card in {cards / entry}", soft_wrap=True)
+        _say(f"{entry}: card in {cards / entry}")
 
 
 @app.command()
@@ -544,7 +548,7 @@ def overview(
 
     _check_in_clone(cards, readme)
     for path in write_overview(cards, readme):
-        out.print(f"wrote {path}")
+        _say(f"wrote {path}")
 
 
 @app.command()
@@ -566,13 +570,8 @@ def publish(
     ]
     _print_table(("file", "bytes", "SHA-256", "on the Hub" if dry_run else "before"), rows, caption=None)
     told = f"{done.bytes_to_send:,} bytes in {sum(not upload.present for upload in done.uploads)} files"
-    out.print(
-        f"{'would send' if dry_run else 'sent'} {told} to {done.address}"
-        + ("" if dry_run else f", commit {done.commit}"),
-        markup=False,
-        highlight=False,
-        soft_wrap=True,
-    )
+    commit = "" if dry_run else f", commit {done.commit}"
+    _say(f"{'would send' if dry_run else 'sent'} {told} to {done.address}{commit}", highlight=False)
 
 
 @app.command()
@@ -617,7 +616,7 @@ def compact(
             ("compact", counted(size["rows"]), megabytes, _percent(size.get("accuracy")), _percent(size["agreement"]))
         )
     _print_table(("net", "rows", "size", f"accuracy ({size['measured_on']})", "equal predictions"), table)
-    out.print(f"checkpoint: {out_dir}", markup=False, soft_wrap=True)
+    _say(f"checkpoint: {out_dir}")
 
 
 @app.command()
@@ -635,9 +634,9 @@ def convert(
     with err.status(f"converting {file}"):
         done = run(file, entry, out_dir or Path("runs") / file.stem)
     rows = ", ".join(f"{count:,} rows in {name}" for name, count in done.rows.items())
-    out.print(f"{file} holds {done.layout}; written to {done.folder}", markup=False, soft_wrap=True)
+    _say(f"{file} holds {done.layout}; written to {done.folder}")
     if rows:
-        out.print(rows, markup=False, soft_wrap=True)
+        _say(rows)
     with err.status(f"measuring {done.folder}"):
         found = compare(done.folder, entry, data, device)
     _print_table(
@@ -645,7 +644,7 @@ def convert(
         [(str(done.folder), *map(_percent, (found.measured, found.recorded, found.published)))],
     )
     if found.reason:
-        out.print(f"not measured: {found.reason}", markup=False, soft_wrap=True)
+        _say(f"not measured: {found.reason}")
 
 
 @data_app.command("prepare")
@@ -655,7 +654,7 @@ def data_prepare(
     """Download a data set and write it into the data folder."""
     from pizoo.data import prepare
 
-    out.print(f"wrote {prepare(name, data)}")
+    _say(f"wrote {prepare(name, data)}")
 
 
 def _check_in_clone(cards: Path, readme: Path | None = None) -> None:
@@ -728,6 +727,11 @@ def _column_width(header: str, cells: Iterable[str], one_line: bool) -> int:
     """Characters that a column needs for its cells whole, and its header in one line or a word in each."""
     head = [header] if one_line else header.split()
     return max(len(part) for part in (*head, *(Text.from_markup(cell).plain for cell in cells)))
+
+
+def _say(text: str, highlight: bool = True) -> None:
+    """Print a line whole: brackets in it are no markup, and no terminal's width breaks a path."""
+    out.print(text, markup=False, highlight=highlight, soft_wrap=True)
 
 
 def _percent(value: Any) -> str:

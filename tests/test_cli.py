@@ -161,6 +161,13 @@ def test_a_long_path_goes_on_in_the_next_line_and_no_column_is_cut(pizoo_command
     assert table[0].split()[1:3] == ["verified", "probe"]
 
 
+def test_a_line_keeps_a_path_whole_with_brackets_in_it(pizoo_command, card, monkeypatch):
+    monkeypatch.setattr(cli, "out", Console(width=80))
+    cards = card("digits_nngp").parent
+    cards = cards.rename(cards.with_name("[old] " + "_".join(20 * ["cards"])))
+    assert f"card in {cards / 'digits_nngp'}\n" in pizoo_command("card", "digits_nngp", "--cards", cards).out
+
+
 @pytest.mark.parametrize(
     "arguments",
     [("list",), ("verify", "--quick", "digits_*", "imagenet32_mu"), ("train", "imagenet32_infpi_r200", "--dry-run")],
