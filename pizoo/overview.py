@@ -8,7 +8,7 @@ from statistics import fmean
 from typing import Any
 
 from pizoo import checkpoint
-from pizoo.cards import DATASETS, duration, mean_and_error, words
+from pizoo.cards import DATASETS, duration, markdown_table, mean_and_error, words
 from pizoo.config import CONFIG, read_config
 from pizoo.evaluation.verify import reproduction
 from pizoo.files import CheckpointError, read_json, write_atomically
@@ -63,9 +63,7 @@ def with_table(text: str, cards: Path, links: str) -> str:
 
 def table(cards: Path, links: str = "") -> str:
     """All entries as a table of Markdown."""
-    rows = [COLUMNS, ("---",) * len(COLUMNS)]
-    rows += [tuple(_cells(config.parent, links)) for config in sorted(cards.glob(f"*/{CONFIG}"))]
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    return markdown_table(COLUMNS, (tuple(_cells(path.parent, links)) for path in sorted(cards.glob(f"*/{CONFIG}"))))
 
 
 def _cells(card: Path, links: str) -> Iterator[str]:

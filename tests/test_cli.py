@@ -18,7 +18,8 @@ from PIL import Image
 from rich.console import Console
 
 import pizoo
-from pizoo import cli, functional, zoo
+from pizoo import functional, zoo
+from pizoo.cli import console
 from pizoo.config import read_config
 from pizoo.data import load_dataset
 from pizoo.files import CheckpointError, read_tensors, write_tensors
@@ -151,7 +152,7 @@ def test_the_readmes_example_takes_an_npz_of_images_or_vectors(pizoo_command, re
 
 @pytest.mark.parametrize("width", [80, 120])
 def test_a_long_path_goes_on_in_the_next_line_and_no_column_is_cut(pizoo_command, card, monkeypatch, width):
-    monkeypatch.setattr(cli, "out", Console(width=width))
+    monkeypatch.setattr(console, "out", Console(width=width))
     long = card("digits_mu").rename(card("digits_infpi").parent / "_".join(12 * ["a[long]name"]))
     shown = pizoo_command("verify", "--quick", long)
     assert shown.code == 0 and "…" not in shown.out
@@ -161,13 +162,20 @@ def test_a_long_path_goes_on_in_the_next_line_and_no_column_is_cut(pizoo_command
     assert table[0].split()[1:3] == ["verified", "probe"]
 
 
+def test_a_line_keeps_a_path_whole_with_brackets_in_it(pizoo_command, card, monkeypatch):
+    monkeypatch.setattr(console, "out", Console(width=80))
+    cards = card("digits_nngp").parent
+    cards = cards.rename(cards.with_name("[old] " + "_".join(20 * ["cards"])))
+    assert f"card in {cards / 'digits_nngp'}\n" in pizoo_command("card", "digits_nngp", "--cards", cards).out
+
+
 @pytest.mark.parametrize(
     "arguments",
     [("list",), ("verify", "--quick", "digits_*", "imagenet32_mu"), ("train", "imagenet32_infpi_r200", "--dry-run")],
 )
 def test_in_80_columns_no_word_is_broken_and_what_is_left_out_is_named(pizoo_command, monkeypatch, arguments):
     def lines(width):
-        monkeypatch.setattr(cli, "out", Console(width=width))
+        monkeypatch.setattr(console, "out", Console(width=width))
         shown = pizoo_command(*arguments).out
         return shown, [line for line in shown.splitlines() if re.match(r"[a-z0-9]+_\w+  ", line)]
 

@@ -1,0 +1,6 @@
+"""``python -m pizoo.cli``: the command line."""
+
+from pizoo.cli import main
+
+if __name__ == "__main__":
+    main()

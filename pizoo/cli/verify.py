@@ -1,0 +1,86 @@
+"""``pizoo verify``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from pizoo.cli.console import err, percent, print_table, say
+from pizoo.cli.options import EXIT_MISMATCH, EXIT_NOT_RUN, Data, Device, Entries, matching
+
+if TYPE_CHECKING:
+    from pizoo.evaluation.verify import VerifyReport
+
+
+def verify(
+    entries: Entries,
+    data: Data = None,
+    device: Device = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the reports here as well.")] = None,
+    quick: Annotated[
+        bool,
+        typer.Option(
+            help="Check the weights by a stored probe; needs no data set. Of kernel entries it checks what a few training "
+            "images contribute."
+        ),
+    ] = False,
+    images: Annotated[
+        int | None,
+        typer.Option(help="Measure on this many first test images only: a smaller check, for kernel entries on a CPU."),
+    ] = None,
+    strict: Annotated[bool, typer.Option(help="Also fail when a training falls below the published number.")] = False,
+) -> None:
+    """Re-measure checkpoints: is each what it claims, and does our training reproduce the paper?
+
+    Exit code: 0 all verified, 1 a mismatch, 2 wrong usage, 3 some could not be run.
+    """
+    from pizoo.evaluation.verify import verify as run
+    from pizoo.files import write_json
+
+    reports = {}
+    for entry in matching(entries):
+        with err.status(f"verifying {entry}"):
+            reports[entry] = run(entry, data, device, quick, images)
+    _print(reports)
+    if json_file is not None:
+        write_json(json_file, [report.to_dict() for report in reports.values()])
+    statuses = {report.status for report in reports.values()}
+    if "mismatch" in statuses or (strict and any(report.reproduction == "below" for report in reports.values())):
+        raise typer.Exit(EXIT_MISMATCH)
+    if "not run" in statuses:
+        raise typer.Exit(EXIT_NOT_RUN)
+
+
+def _print(reports: dict[str, VerifyReport]) -> None:
+    """Reports as a table, and in lines below it what its numbers are of."""
+    columns = ("entry", "checkpoint", "recorded", "measured", "mean", "published", "our training", "time")
+    rows = [(entry, *_cells(report)) for entry, report in reports.items()]
+    print_table(columns, rows, least=("time", "mean", "published"))
+    for check in dict.fromkeys(report.check for report in reports.values() if report.check.startswith("first")):
+        say(f"of the {check}, as recorded and as measured")
+    for report in reports.values():
+        if report.half_width is not None:
+            told = f"measured on {report.check}, ± the 95 % interval; mean over seeds of all recorded tasks"
+            say(f"{report.entry}: {told}")
+        elif "training images" in report.check:
+            told = f"ridge regression on {report.check}; mean over seeds of the whole problem"
+            say(f"{report.entry}: {told}")
+        if report.reason:
+            say(f"{report.entry}: {report.reason}")
+
+
+def _cells(report: VerifyReport) -> tuple[str, ...]:
+    """What a report is shown by, beside its entry."""
+    marked = {"verified": "[green]verified[/]", "mismatch": "[red]mismatch[/]"}
+    probe, measured = report.check == "probe", percent(report.measured, report.half_width)
+    return (
+        marked.get(report.status, "[yellow]not run[/]"),
+        "probe" if probe else percent(report.recorded),
+        f"off {report.measured:.0e}" if probe and report.measured is not None else measured,
+        percent(report.mean, report.standard_error),
+        percent(report.published),
+        "–" if report.reproduction.startswith("no ") else report.reproduction,
+        f"{report.seconds:.1f} s",
+    )
