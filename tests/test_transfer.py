@@ -355,7 +355,7 @@ def test_its_card_tells_the_choice_and_what_the_published_setting_gives(card):
     assert "at the published epoch 2 and ridge 0.01" in text
     for run in results["seeds"]:
         assert f"{run['transfer']['published_setting']['accuracy']:.2f}" in text
-    assert f"another number is recorded ({results['verification']['accuracy']:.2f} %)" in text
+    assert f"another number is recorded ({results['verification']['accuracy']:.2f} %, with the ridge" in text
     assert "test-selected" not in text and "held-out training images" in text
 
 

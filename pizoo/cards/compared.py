@@ -55,7 +55,8 @@ def compared(card: Card) -> str:
         return ""
     here, numbers = _in_the_paper(card), list(map(_in_the_paper, others))
     printed = here is not None and numbers != [None] * len(numbers)
-    heads = ["entry", "difference", "interval", *(["published difference"] if printed else [])]
+    theirs = "published difference" + ("" if card.published else ", on ImageNet32")
+    heads = ["entry", "difference", "interval", *([theirs] if printed else [])]
     rows = []
     for other, there in zip(others, numbers, strict=True):
         away = paired_difference(_share(card), _share(other))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from statistics import fmean, stdev
 from typing import Any
 
 
@@ -19,6 +20,12 @@ def mean_and_error(results: dict[str, Any]) -> str:
 def plus_minus(accuracy: float, error: float | None) -> str:
     """An accuracy, with what is known of its error."""
     return f"{accuracy:.2f}" + ("" if error is None else f" ± {error:.2f}")
+
+
+def mean_of(accuracies: Sequence[float]) -> str:
+    """Their mean with its standard error; one alone as it is."""
+    error = stdev(accuracies) / len(accuracies) ** 0.5 if len(accuracies) > 1 else None
+    return plus_minus(fmean(accuracies), error)
 
 
 def duration(seconds: float) -> str:
@@ -40,6 +47,7 @@ def settings(model: dict[str, Any]) -> str:
 
 
 def measured(results: dict[str, Any]) -> str:
-    """Where and when numbers were measured."""
-    commit = f", commit {results['commit']}" if results["commit"] else ""
+    """Where and when numbers were measured, and by which versions of the code."""
+    of_runs = dict.fromkeys(filter(None, (run.get("commit") for run in (results, *results["seeds"]))))
+    commit = f", commit {', '.join(of_runs)}" if of_runs else ""
     return f"Measured on {results['hardware']}, {results['date']}, torch {results['versions']['torch']}{commit}."

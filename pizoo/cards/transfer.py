@@ -5,13 +5,17 @@ from __future__ import annotations
 from typing import Any
 
 from pizoo.cards.images import Card
-from pizoo.cards.text import duration, markdown_table, mean_and_error, measured
+from pizoo.cards.text import duration, markdown_table, mean_and_error, mean_of, measured
 
 VERIFY = (
     "`pizoo verify {entry}` re-measures this checkpoint: on a large GPU by ridge regression on all {train:,} training images "
     "of {data}, elsewhere on {small:,} of them and the first {small_test:,} test images, of which another number is recorded "
-    "({small_accuracy:.2f} %); `pizoo verify --quick {entry}` checks the weights alone, without data."
+    "({small_accuracy:.2f} %, with the ridge chosen for all of them); `pizoo verify --quick {entry}` checks the weights alone, "
+    "without data."
 )
+KERNEL = """\
+# As it is it tells classes of {source}. Its features are what counts:
+# pizoo kernel {entry} --on {target} --ridge {ridge:g}"""
 
 
 class TransferCard(Card):
@@ -24,6 +28,14 @@ class TransferCard(Card):
     @property
     def images(self) -> str:
         return f"{super().images} of {self.source}"
+
+    @property
+    def part(self) -> str:
+        return f"the test part of {self.source}, as the classifier that it was trained as"
+
+    def code(self) -> str:
+        target, ridge = self.recipe["transfer"]["data"]["name"], self.results["transfer"]["ridge"]
+        return f"{super().code()}\n{KERNEL.format(entry=self.name, source=self.source, target=target, ridge=ridge)}"
 
     def verification(self) -> str:
         full, small = self.results["transfer"], self.results["verification"]
@@ -42,15 +54,17 @@ class TransferCard(Card):
         heads = ("", "chosen", published, f"the net itself on {self.source}", "time")
         chosen = f"**{results['accuracy']:.2f}**, {_setting(shipped)}"
         rows = [(f"**this checkpoint** ({self.made_of})", chosen, "", "", "")]
+        others = []
         for run in self.seeds:
             found = run["transfer"]
             chosen = f"{run['accuracy']:.2f}, {_setting(found)} ({found['validation_accuracy']:.2f})"
-            others = [found[key]["accuracy"] for key in ("published_setting", "source")]
-            others = ["" if accuracy is None else f"{accuracy:.2f}" for accuracy in others]
-            rows.append((f"{self.run} {run['seed']}", chosen, *others, duration(run["wall_seconds"])))
+            others.append([found[key]["accuracy"] for key in ("published_setting", "source")])
+            told = ["" if accuracy is None else f"{accuracy:.2f}" for accuracy in others[-1]]
+            rows.append((f"{self.run} {run['seed']}", chosen, *told, duration(run["wall_seconds"])))
         if len(self.seeds) > 1:
             total = duration(results["total_wall_seconds"])
-            rows.append(("mean ± standard error", mean_and_error(results), "", "", total))
+            means = ["" if None in column else mean_of(column) for column in zip(*others, strict=True)]
+            rows.append(("mean ± standard error", mean_and_error(results), *means, total))
         told = (
             f"Accuracy in percent on the {shipped['test_images']:,} test images of {self.data}, by ridge regression on the "
             f"kernel of the features of its {shipped['training_images']:,} training images, in float64. Epoch and ridge are "
