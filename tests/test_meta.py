@@ -645,7 +645,8 @@ def test_an_entry_is_reproduced_evaluated_and_verified(kind, data_dir, tmp_path,
 def test_a_card_tells_every_seed_on_every_split_and_compares_entries_task_by_task(data_dir, tmp_path):
     rights, options = {}, {"data_dir": data_dir, "device": "cpu"}
     for entry, kind, seeds in (("one", "mu", [0, 1]), ("other", "finpi", [0]), ("kernel", "ntk", [0])):
-        recipe = Recipe.from_dict({**small(kind).to_dict(), "entry": entry})
+        published = load_recipe(f"omniglot_{kind}").to_dict()["published"]
+        recipe = Recipe.from_dict({**small(kind).to_dict(), "entry": entry, "published": published})
         results = reproduce(recipe, tmp_path / "cards" / entry, tmp_path / "runs" / entry, seeds, **options)
         found = read_tensors(tmp_path / "cards" / entry / "correct.safetensors")
         rights[entry] = torch.stack([found[f"seed-{seed}"].double() for seed in seeds]).mean((0, 2))

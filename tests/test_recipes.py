@@ -576,3 +576,20 @@ def test_an_installed_package_carries_its_recipes(tmp_path, monkeypatch):
     assert recipes.recipes_dir() == tmp_path / "pizoo" / "_recipes"
     (tmp_path / "recipes" / "common").mkdir()
     assert recipes.recipes_dir() == tmp_path / "recipes"
+
+
+@pytest.mark.parametrize(
+    ("override", "comparable"),
+    [
+        ("train.seed=3", True),
+        ("train.epochs=50", True),
+        ("seeds=7", True),
+        ("train.epochs=3", False),
+        ("model.r=100", False),
+    ],
+)
+def test_a_recipe_that_makes_another_net_is_not_compared_with_the_papers_number(override, comparable):
+    recipe = load_recipe("cifar10_infpi", [override])
+    assert (recipe.published is not None) == (recipe.differs is not None) == comparable
+    own = load_recipe("cifar10_infpi", [override, "published={accuracy: 12, source: s, protocol: p}"])
+    assert own.published.accuracy == 12

@@ -35,7 +35,8 @@ def load_recipe(entry_or_path: str | os.PathLike, overrides: Iterable[str] = ())
 
     Args:
         entry_or_path: an entry's name, or a path (anything with a separator or ending in ``.yaml`` or ``.yml``).
-        overrides: ``"train.epochs=1"``: dotted key, ``=``, value in YAML; applied in order before validation.
+        overrides: ``"train.epochs=1"``: dotted key, ``=``, value in YAML; applied in order before validation. The published
+            number is then no longer the recipe's, unless these leave it as it is but for seeds, or give a number themselves.
 
     Raises:
         FileNotFoundError: no file at that path.
@@ -47,12 +48,23 @@ def load_recipe(entry_or_path: str | os.PathLike, overrides: Iterable[str] = ())
         _check_file(path)
     else:
         path = _named(text, {entry: recipes_dir() / f"{entry}.yaml" for entry in list_recipes()}, "no recipe is called")
-    raw = _read(path)
-    source = str(path)
+    raw = read = _read(path)
+    source, given = str(path), set()
     for override in overrides:
-        raw = _merge(raw, _parse_override(override))
-        source += f" with {override}"
+        parsed = _parse_override(override)
+        raw = _merge(raw, parsed)
+        source, given = f"{source} with {override}", given | parsed.keys()
+    if _made_by(raw) != _made_by(read):
+        raw = {key: value for key, value in raw.items() if key not in {"published", "differs", "cost"} - given}
     return Recipe.from_dict(raw, source)
+
+
+def _made_by(raw: dict[str, Any]) -> dict[str, Any]:
+    """What decides which net a recipe makes, but for chance."""
+    parts = {part: raw.get(part) for part in ("model", "data", "tasks", "train", "transfer")}
+    if isinstance(parts["train"], dict):
+        parts["train"] = {key: value for key, value in parts["train"].items() if key != "seed"}
+    return parts
 
 
 def _check_file(path: Path) -> None:
