@@ -232,10 +232,20 @@ def load(
     return model
 
 
+def stand_in(entry: str) -> str:
+    """Of an entry whose data may not be handed on: the one that its recipe trains on data that may."""
+    return f"tiny{entry}"
+
+
+def stood_in_for(entry: str) -> str:
+    """Of such a stand-in the entry it stands in for, of all others themselves."""
+    return entry.removeprefix("tiny")
+
+
 def _none_exist(entry: str) -> str:
     return (
         f"no weights of {entry!r} exist: its data set may not be handed on. Train them from its official files with `pizoo "
-        f"train {entry}`, convert a checkpoint of the paper's own code, take {'tiny' + entry!r}, which is trained on free "
+        f"train {entry}`, convert a checkpoint of the paper's own code, take {stand_in(entry)!r}, which is trained on free "
         "data by the same recipe, or load the net untrained with pretrained=False"
     )
 

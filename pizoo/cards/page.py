@@ -20,7 +20,7 @@ from pizoo.data import IMAGENET32
 from pizoo.files import CheckpointError, read_json, write_atomically, write_json
 from pizoo.plots import CURVES, SIZES, draw_curves, draw_sizes
 from pizoo.recipes import Recipe, decisive
-from pizoo.zoo import TUNED
+from pizoo.zoo import TUNED, stand_in
 
 PAPER = "https://openreview.net/forum?id=tUMr0Iox8XW"
 UNTRAINED = "No weights yet: `pizoo train {entry}` trains them, `pizoo.load` then takes the folder it writes."
@@ -189,7 +189,7 @@ def _headline(card: Card) -> str:
 
 def _without_weights(card: Card) -> str:
     if card.recipe["data"]["name"] == IMAGENET32:
-        return NO_WEIGHTS.format(entry=card.name, standin=card.name.replace(IMAGENET32, f"tiny{IMAGENET32}"))
+        return NO_WEIGHTS.format(entry=card.name, standin=stand_in(card.name))
     return UNTRAINED.format(entry=card.name)
 
 

@@ -9,9 +9,8 @@ from typing import Any
 from torch import Tensor
 
 from pizoo import checkpoint
-from pizoo.data import IMAGENET32
 from pizoo.plots import rows_by_epoch
-from pizoo.zoo import TUNED
+from pizoo.zoo import TUNED, stood_in_for
 
 DATASETS = {
     "cifar10": "CIFAR-10",
@@ -72,7 +71,7 @@ class Record:
     @property
     def papers_entry(self) -> str:
         """The paper's entry: this one, or the one that it stands in for, on data that may not be handed on."""
-        return self.recipe["entry"].replace(f"tiny{IMAGENET32}", IMAGENET32)
+        return stood_in_for(self.recipe["entry"])
 
     @property
     def seeds(self) -> list[dict[str, Any]]:
