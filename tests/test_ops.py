@@ -425,12 +425,11 @@ def test_blocked_ops_match_the_definition(shape, dtype):
 def test_on_a_cpu_the_default_op_takes_no_longer_than_the_reference_and_a_block_of_memory():
     cpu = runpy.run_path(str(Path(__file__).parents[1] / "benchmarks" / "cpu.py"))
     M, columns, b = 50_000, 400, 8
-    inputs = cpu["layer"](M, columns, b, half)
-    for op in ("forward", "backward"):
-        times = cpu["seconds"](op, inputs)
-        assert times["default"] <= 1.1 * times["reference"], (op, times)  # a third to a half, on an idle machine
+    for dtype, op in itertools.product((single, half), ("forward", "backward")):
+        times = cpu["seconds"](op, cpu["layer"](M, columns, b, dtype))
+        assert times["default"] <= 1.1 * times["reference"], (dtype, op, times)  # idle: 0.1 to 0.8
     block = blocked.CPU_BLOCK * (columns + cpu["RANK"]) * 4
-    assert cpu["grown_bytes"]("forward", "default", M, columns, b, half) <= 4 * block < M * (columns + cpu["RANK"]) * 4
+    assert cpu["grown_bytes"]("forward", "default", M, columns, b, half) <= 2 * block < M * (columns + cpu["RANK"]) * 4
 
 
 @pytest.mark.parametrize("module", [reference, blocked])
