@@ -104,10 +104,10 @@ def error(result: tuple[torch.Tensor, ...], op: str, gbar, A, B, amult, delta, c
     return max(errors) if all(e == e for e in errors) else float("inf")
 
 
-def ops_of(module, gbar, A, *_) -> list[str]:
+def ops_of(module, gbar, A, B, *_) -> list[str]:
     """What a module covers; the Jacobian is for few outputs, and its fused kernel for GPUs."""
-    supports = getattr(module, "supports", lambda op, gbar, A: op != OPS[2] or A.shape[1] <= 16)
-    return [op for op in OPS if supports(op, gbar, A)]
+    supports = getattr(module, "supports", lambda op, b, A, B: op != OPS[2] or A.shape[1] <= 16)
+    return [op for op in OPS if supports(op, len(gbar), A, B)]
 
 
 def errors_of(module, case: Case) -> dict[str, float]:
@@ -228,7 +228,7 @@ def test_fused_jacobian_matches_the_definition_on_the_grid(r):
     checked = 0
     for r_out, b, M, dtype in itertools.product((1, 2, 7, 10), (1, 8, 9, 16), (1, 64, 65, 30_000), (half, brain)):
         inputs = rows(Case(M, r, r_out, b, dtype, amult=4.0, unused=M % 3))
-        if triton.supports(OPS[2], *inputs[:2]):
+        if triton.supports(OPS[2], b, *inputs[1:3]):
             worst = error(call(triton, OPS[2], *inputs), OPS[2], *inputs)
             assert worst <= TOLERANCE[dtype], (r_out, b, M, dtype)
             checked += 1

@@ -91,10 +91,11 @@ def use(implementation: str | None) -> Iterator[None]:
         _forced = before
 
 
-def fused(gbar: Tensor, A: Tensor, op: str = "growing_forward") -> bool:
-    """Whether ``op`` on these inputs [b, r] and rows [M, r_out] runs as a fused kernel, which reads ``count`` on the device."""
+def fused(b: int, A: Tensor, B: Tensor, op: str = "growing_forward") -> bool:
+    """Whether ``op`` on b samples runs as a fused kernel, which reads ``count`` on the device; of rows A [M, r_out], B [M, r],
+    M may be 0."""
     can = _check_name(_forced) is None and A.is_cuda and not _failed and _fused(A.device)
-    return can and _module("triton").supports(op, gbar, A)
+    return can and _module("triton").supports(op, b, A, B)
 
 
 def _run(op: str, shared: bool, gbar: Tensor, *rows: Tensor, **options: Tensor | None):
@@ -110,7 +111,7 @@ def _run_here(op: str, gbar: Tensor, A: Tensor, B: Tensor, amult: Tensor, *delta
     forced = _check_name(_forced)
     if A.device.type == "cpu" and gbar.device.type != "cpu":
         return getattr(_module("streamed"), op)(gbar, A, B, amult, *delta, **options)
-    if len(A) and fused(gbar, A, op):  # a share of few rows may be none
+    if len(A) and fused(len(gbar), A, B, op):  # a share of few rows may be none
         try:
             return getattr(_module("triton"), op)(gbar, A, B, amult, *delta, **options)
         except (torch.OutOfMemoryError, torch.AcceleratorError):

@@ -397,13 +397,13 @@ def unavailable(device: torch.device) -> str | None:
     return None
 
 
-def supports(op: str, gbar: Tensor, A: Tensor) -> bool:
+def supports(op: str, b: int, A: Tensor, B: Tensor) -> bool:
     """Whether the kernels cover these dtypes and shapes; sums of wider layers would not fit registers."""
-    r, r_out = gbar.shape[1], A.shape[1]
+    r, r_out = B.shape[1], A.shape[1]
     if op == "growing_forward_jacobian":
-        return len(gbar) > 0 and A.is_cuda and jacobian.supports(r, r_out, A.dtype, A.device)
+        return b > 0 and A.is_cuda and jacobian.supports(r, r_out, A.dtype, A.device)
     fits = r <= 1024 and r_out <= 1024
-    return fits and len(gbar) > 0 and A.dtype in (torch.int8, torch.float16, torch.bfloat16, torch.float32)
+    return fits and b > 0 and A.dtype in (torch.int8, torch.float16, torch.bfloat16, torch.float32)
 
 
 def _run(kernel, gbar: Tensor, A: Tensor, *others: Tensor | None) -> Tensor:

@@ -182,7 +182,7 @@ class Engine:
         On the GPUs of all processes, or of none: they sum what each of them computes.
         """
         A, B, *_ = self.growing[-1].storages
-        own = ops.fused(B.new_empty(self.settings.batch_size, B.shape[1]), A, "growing_forward_jacobian")
+        own = ops.fused(self.settings.batch_size, A, B, "growing_forward_jacobian")
         return all(processes.gathered(own))
 
     # ------------------------------------------------------------------ epochs
@@ -227,7 +227,7 @@ class Engine:
                 for tensor, value in zip(state, before, strict=True):
                     tensor.copy_(value)
         torch.cuda.current_stream().wait_stream(stream)
-        if not all(ops.fused(B[:1], A) for A, B, *_ in (state.rows for state in self.growing)):
+        if not all(ops.fused(1, A, B) for A, B, *_ in (state.rows for state in self.growing)):
             # A kernel failed just now. Plain torch, which runs instead, asks for the number of rows: that is no graph.
             return lambda: self._take_step(size, self._compute)
         graph = torch.cuda.CUDAGraph()

@@ -252,7 +252,7 @@ def _seconds_per_row(recipe: Recipe, r_out: int, b: int, device: torch.device, o
         A, B = to_host(A, dtype), to_host(B, dtype)
     delta, bmult = torch.randn(b, r_out, device=device), bmults[0] if bmults else None
 
-    one_pass = fused(gbar, A, "growing_forward_jacobian")
+    one_pass = fused(b, A, B, "growing_forward_jacobian")
 
     def run() -> None:
         if one_pass:

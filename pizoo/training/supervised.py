@@ -172,10 +172,7 @@ class Training:
 
     def _wants_engine(self, asked: bool | None) -> bool:
         reason = self._cannot()
-        layers = [
-            (layer.B.new_empty(1, layer.B.shape[1]), layer.A) for layer in self.growing.values()
-        ]  # rows may be none yet
-        if self.device.type == "cuda" and not all(ops.fused(gbar, A) for gbar, A in layers):
+        if self.device.type == "cuda" and not all(ops.fused(1, layer.A, layer.B) for layer in self.growing.values()):
             reason = "there are no fused kernels for its rows on this device"
         if self.net is not self.model:
             reason = "a finite net in several processes is trained by the plain loop"
