@@ -122,7 +122,7 @@ def _check_processes(
 def _code_fingerprint() -> str:
     """Of this package's source, and of torch's version."""
     root, digest = Path(segments.__file__).parent, hashlib.sha256(f"{__version__} {torch.__version__}".encode())
-    for file in sorted(file for file in root.rglob("*") if file.suffix in (".py", ".cu")):
+    for file in sorted(file for file in root.rglob("*") if file.suffix in (".py", ".cu", ".cuh")):
         digest.update(file.read_bytes())
     return digest.hexdigest()
 
