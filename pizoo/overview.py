@@ -8,9 +8,9 @@ from statistics import fmean
 from typing import Any
 
 from pizoo import checkpoint
-from pizoo.cards import DATASETS, duration, markdown_table, mean_and_error, words
+from pizoo.cards import data_sets, duration, markdown_table, mean_and_error, title, words
 from pizoo.config import CONFIG, read_config
-from pizoo.evaluation.verify import reproduction
+from pizoo.evaluation.verify import reproduction, verdict
 from pizoo.files import CheckpointError, read_json, write_atomically
 
 BEGIN = "<!-- entries: written by `pizoo overview` -->"
@@ -75,8 +75,7 @@ def _cells(card: Path, links: str) -> Iterator[str]:
     yield _data(recipe)
     yield f"{recipe['published']['accuracy']:.2f}" if recipe["published"] else "–"
     yield _measured(results) if "seeds" in results else "–"
-    verdict = reproduction(recipe, results)
-    yield "–" if verdict.startswith("no ") else verdict
+    yield verdict(reproduction(recipe, results))
     weights = card / checkpoint.MODEL
     yield _size(weights.stat().st_size) if weights.exists() else "–"
     yield _time(results) if results else "–"
@@ -87,10 +86,10 @@ def _size(size: int) -> str:
 
 
 def _data(recipe: dict[str, Any]) -> str:
-    name = DATASETS.get(recipe["data"]["name"], recipe["data"]["name"])
-    if transfer := recipe.get("transfer"):
-        return f"{name} → {DATASETS.get(transfer['data']['name'], transfer['data']['name'])}"
-    return f"{name}, {words(recipe['tasks']['headline'])} classes" if recipe.get("tasks") else name
+    source, target = map(title, data_sets(recipe))
+    if recipe.get("transfer"):
+        return f"{source} → {target}"
+    return f"{source}, {words(recipe['tasks']['headline'])} classes" if recipe.get("tasks") else source
 
 
 def _measured(results: dict[str, Any]) -> str:

@@ -5,17 +5,18 @@ tasks (:mod:`tasks`), or by its features on another data set (:mod:`transfer`).
 """
 
 from pizoo.cards.page import card_text, check_recipe, refresh, write_card, write_config
-from pizoo.cards.record import DATASETS
+from pizoo.cards.record import data_sets, title
 from pizoo.cards.text import duration, markdown_table, mean_and_error, words
 
 __all__ = [
-    "DATASETS",
     "card_text",
     "check_recipe",
+    "data_sets",
     "duration",
     "markdown_table",
     "mean_and_error",
     "refresh",
+    "title",
     "words",
     "write_card",
     "write_config",

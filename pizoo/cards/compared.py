@@ -8,7 +8,7 @@ from torch import Tensor
 from pizoo import checkpoint
 from pizoo.cards.images import Card
 from pizoo.cards.kinds import read
-from pizoo.cards.record import DATASETS, data_sets
+from pizoo.cards.record import data_sets, title
 from pizoo.cards.text import markdown_table
 from pizoo.config import CONFIG, read_config
 from pizoo.data import IMAGENET32
@@ -30,9 +30,7 @@ def published(card: Card) -> str:
             here = "" if mean is None else f", {abs(mean - there['rerun']):.2f} points from the number here"
             told.append(f"The paper's own code, run once with this recipe, gives {there['rerun']:.2f}{here}.")
     elif (number := _in_the_paper(card)) is not None:
-        told = [
-            f"The paper has no number for it; of the same net trained on {DATASETS[IMAGENET32]} it has {number:.2f}."
-        ]
+        told = [f"The paper has no number for it; of the same net trained on {title(IMAGENET32)} it has {number:.2f}."]
     else:
         told = ["The paper has no number for it."]
     return " ".join([*told, *filter(None, [card.recipe["differs"]])])

@@ -26,6 +26,11 @@ def data_sets(recipe: dict[str, Any]) -> tuple[str, str]:
     return recipe["data"]["name"], (recipe.get("transfer") or recipe)["data"]["name"]
 
 
+def title(name: str) -> str:
+    """What readers call a data set."""
+    return DATASETS.get(name, name)
+
+
 @dataclass(frozen=True)
 class Record:
     """What a card's folder records.
@@ -50,14 +55,12 @@ class Record:
     @property
     def source(self) -> str:
         """What it is trained on."""
-        name, _ = data_sets(self.recipe)
-        return DATASETS.get(name, name)
+        return title(data_sets(self.recipe)[0])
 
     @property
     def data(self) -> str:
         """What its number is on."""
-        _, name = data_sets(self.recipe)
-        return DATASETS.get(name, name)
+        return title(data_sets(self.recipe)[1])
 
     @property
     def trained(self) -> bool:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from statistics import fmean, stdev
+from statistics import fmean
 from typing import Any
+
+from pizoo.evaluation.accuracy import standard_error
 
 
 def markdown_table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -24,8 +26,7 @@ def plus_minus(accuracy: float, error: float | None) -> str:
 
 def mean_of(accuracies: Sequence[float]) -> str:
     """Their mean with its standard error; one alone as it is."""
-    error = stdev(accuracies) / len(accuracies) ** 0.5 if len(accuracies) > 1 else None
-    return plus_minus(fmean(accuracies), error)
+    return plus_minus(fmean(accuracies), standard_error(accuracies))
 
 
 def duration(seconds: float) -> str:

@@ -73,6 +73,8 @@ def _print(reports: dict[str, VerifyReport]) -> None:
 
 def _cells(report: VerifyReport) -> tuple[str, ...]:
     """What a report is shown by, beside its entry."""
+    from pizoo.evaluation.verify import verdict
+
     marked = {"verified": "[green]verified[/]", "mismatch": "[red]mismatch[/]"}
     probe, measured = report.check == "probe", percent(report.measured, report.half_width)
     return (
@@ -81,6 +83,6 @@ def _cells(report: VerifyReport) -> tuple[str, ...]:
         f"off {report.measured:.0e}" if probe and report.measured is not None else measured,
         percent(report.mean, report.standard_error),
         percent(report.published),
-        "–" if report.reproduction.startswith("no ") else report.reproduction,
+        verdict(report.reproduction),
         f"{report.seconds:.1f} s",
     )

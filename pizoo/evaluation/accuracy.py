@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -82,7 +82,7 @@ def accuracy(logits: Tensor, y: Tensor) -> float:
     return percent(correct(logits, y))
 
 
-def standard_error(values: list[float]) -> float | None:
+def standard_error(values: Sequence[float]) -> float | None:
     """Standard error of the mean of ``values`` (None for fewer than two)."""
     if len(values) < 2:
         return None

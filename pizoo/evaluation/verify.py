@@ -339,6 +339,11 @@ def recorded_mean(results: dict[str, Any]) -> float | None:
     return results.get("mean_accuracy", results.get("accuracy"))
 
 
+def verdict(found: Reproduction) -> str:
+    """As tables have it: a dash where there is nothing to compare."""
+    return "–" if found.startswith("no ") else found
+
+
 def reproduction(recipe: dict[str, Any], results: dict[str, Any]) -> Reproduction:
     """Whether our training reproduces the paper: the recorded mean against the number that the recipe says is published."""
     mean, published = recorded_mean(results), (recipe.get("published") or {}).get("accuracy")

@@ -22,7 +22,7 @@ import yaml
 
 import pizoo
 from pizoo.recipes.messages import RecipeError, nearest_entry, show
-from pizoo.recipes.recipe import ENTRYS_OWN, Recipe
+from pizoo.recipes.recipe import ENTRYS_OWN, Recipe, decisive
 
 
 def list_recipes() -> list[str]:
@@ -60,11 +60,11 @@ def load_recipe(entry_or_path: str | os.PathLike, overrides: Iterable[str] = ())
 
 
 def _made_by(raw: dict[str, Any]) -> dict[str, Any]:
-    """What decides which net a recipe makes, but for chance."""
-    parts = {part: raw.get(part) for part in ("model", "data", "tasks", "train", "transfer")}
-    if isinstance(parts["train"], dict):
-        parts["train"] = {key: value for key, value in parts["train"].items() if key != "seed"}
-    return parts
+    """What decides which net a recipe makes, but for chance; not what it is called."""
+    made = {**decisive(raw), "entry": None}
+    if isinstance(made.get("train"), dict):
+        made["train"] = {key: value for key, value in made["train"].items() if key != "seed"}
+    return made
 
 
 def _check_file(path: Path) -> None:
