@@ -1,12 +1,13 @@
 """Time of the growing layers' ops against the number of rows, the memory limit drawn in, and their error.
 
-    python benchmarks/ops.py [--out benchmarks/results] [--rows 50000 250000 1000000 2500000]
+    python benchmarks/ops.py [--out benchmarks/results] [--dtype int8] [--rows 50000 250000 1000000 2500000]
 
-One step of ``cifar10_infpi`` (r = 400, batch 8, float16): forward and backward of the hidden layer (400 columns), output and
-Jacobian of the read-out (10 columns), replayed as one CUDA graph. The limit counts every row read once forward and once
-backward at the bandwidth of a device-to-device copy measured in the same run; the Jacobian needs no second pass. Times are
-medians; rows are random. Errors are relative, in norm, against float64 on the same rounded rows and inputs, at ``ERROR_ROWS``.
-Writes ``ops_<gpu>.json`` and ``ops_<gpu>.png``.
+One step of ``cifar10_infpi`` (r = 400, batch 8, rows in float16 if not told otherwise): forward and backward of the hidden
+layer (400 columns), output and Jacobian of the read-out (10 columns), replayed as one CUDA graph. The limit counts every row
+read once forward and once backward at the bandwidth of a device-to-device copy measured in the same run; the Jacobian needs no
+second pass. Times are medians; rows are random. Errors are relative, in norm, against float64 on the same rounded rows and
+inputs, at ``ERROR_ROWS``.
+Writes ``ops_<gpu>.json`` and ``ops_<gpu>.png``, of other rows than float16 ``ops_<dtype>_<gpu>``.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import statistics
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import triton
@@ -25,6 +27,7 @@ from torch import Tensor
 from pizoo import ops
 from pizoo.functional import unit
 from pizoo.ops import reference
+from pizoo.rows import converted, empty_rows
 
 RANK, BATCH, FEW_SHOT_BATCH, COLUMNS = 400, 8, 80, {"hidden": 400, "readout": 10}
 CUDA = torch.device("cuda")
@@ -34,24 +37,45 @@ SCALES = ((1.0, 1.0), (1e-6, 1.0), (4.0, 1.0), (1.0, 1e-6))  # of amult and of A
 STEP = (("hidden", "forward"), ("readout", "jacobian"), ("hidden", "backward"))
 
 
-def random_layer(M: int, columns: int) -> tuple[Tensor, Tensor, Tensor]:
-    """A, B, amult of M rows, A padded so that rows start at multiples of 32 bytes."""
-    A = torch.empty(M, -(-columns // 16) * 16, dtype=torch.float16, device=CUDA)[:, :columns]
-    B = torch.empty(M, RANK, dtype=torch.float16, device=CUDA)
-    for part, rows in zip(A.split(1 << 18), B.split(1 << 18), strict=True):
-        part.copy_(torch.randn(part.shape, device=CUDA))
-        rows.copy_(unit(torch.randn(rows.shape, device=CUDA))[0])
-    return A, B, torch.randn(M, device=CUDA)
+class Layer(NamedTuple):
+    """Random rows; ``bmult`` of int8 ones alone."""
+
+    A: Tensor
+    B: Tensor
+    amult: Tensor
+    bmult: Tensor | None = None
+
+    def cut(self, rows: slice) -> Layer:
+        return Layer(*(part if part is None else part[rows] for part in self))
+
+    def options(self, count: Tensor | None = None) -> dict[str, Tensor | None]:
+        return {"count": count, "bmult": self.bmult}
+
+    @property
+    def row_bytes(self) -> int:
+        return sum(part.stride(0) * part.element_size() for part in self if part is not None)
 
 
-def calls(name: str, layer: tuple[Tensor, Tensor, Tensor], b: int, count: Tensor) -> dict[str, Callable[[], object]]:
+def random_layer(M: int, columns: int, dtype: torch.dtype) -> Layer:
+    """M rows in storage as layers reserve it."""
+    A, B = (empty_rows((M, n), dtype, CUDA) for n in (columns, RANK))
+    layer = Layer(A, B, torch.empty(M, device=CUDA), torch.empty(M, device=CUDA) if dtype == torch.int8 else None)
+    for first in range(0, M, 1 << 18):
+        block = layer.cut(slice(first, first + (1 << 18)))
+        A, B, amult = (torch.randn(part.shape, device=CUDA) for part in block[:3])
+        for part, new in zip(block, converted(A, unit(B)[0], amult, dtype), strict=False):
+            part.copy_(new)
+    return layer
+
+
+def calls(name: str, layer: Layer, b: int, count: Tensor | None) -> dict[str, Callable[[], object]]:
     """The ops of one layer on random inputs and gradients."""
     gbar = unit(torch.randn(b, RANK, device=CUDA))[0]
-    delta = torch.randn(b, COLUMNS[name], device=CUDA)
+    delta, rows, options = torch.randn(b, COLUMNS[name], device=CUDA), layer[:3], layer.options(count)
     return {
-        f"{name} forward": lambda: ops.growing_forward(gbar, *layer, count),
-        f"{name} backward": lambda: ops.growing_backward(gbar, *layer, delta, count),
-        f"{name} jacobian": lambda: ops.growing_forward_jacobian(gbar, *layer, count),
+        f"{name} forward": lambda: ops.growing_forward(gbar, *rows, **options),
+        f"{name} backward": lambda: ops.growing_backward(gbar, *rows, delta, **options),
+        f"{name} jacobian": lambda: ops.growing_forward_jacobian(gbar, *rows, **options),
     }
 
 
@@ -80,19 +104,22 @@ def eager_milliseconds(function: Callable[[], object], rounds: int = 7) -> float
     return statistics.median(times[2:])
 
 
-def errors() -> list[dict]:
-    """Relative error of every op in float16, over scales of amult and of A."""
+def errors(dtype: torch.dtype) -> list[dict]:
+    """Relative error of every op, over scales of amult and of A."""
     results = []
     for amult_scale, A_scale in SCALES:
         for name, columns in COLUMNS.items():
-            A, B, amult = random_layer(ERROR_ROWS, columns)
-            A, amult = (A.float() * A_scale).half(), amult * amult_scale
+            layer = random_layer(ERROR_ROWS, columns, dtype)
+            if dtype != torch.int8:  # whose scale is part of amult
+                layer = layer._replace(A=(layer.A.float() * A_scale).to(dtype))
+            layer = layer._replace(amult=layer.amult * amult_scale)
+            A, B, amult, _ = layer
             gbar, delta = unit(torch.randn(BATCH, RANK, device=CUDA))[0], torch.randn(BATCH, columns, device=CUDA)
-            found = {"forward": (ops.growing_forward(gbar, A, B, amult),)}
-            found["backward"] = (ops.growing_backward(gbar, A, B, amult, delta),)
-            if ops.fused(gbar, A, "growing_forward_jacobian"):
-                found["jacobian"] = ops.growing_forward_jacobian(gbar, A, B, amult)
-            blocks = list(zip(*(part.split(ERROR_BLOCK) for part in (A, B, amult)), strict=True))
+            found = {"forward": (ops.growing_forward(gbar, A, B, amult, **layer.options()),)}
+            found["backward"] = (ops.growing_backward(gbar, A, B, amult, delta, **layer.options()),)
+            if ops.fused(BATCH, A, B, "growing_forward_jacobian"):
+                found["jacobian"] = ops.growing_forward_jacobian(gbar, A, B, amult, **layer.options())
+            blocks = [layer.cut(slice(first, first + ERROR_BLOCK)) for first in range(0, ERROR_ROWS, ERROR_BLOCK)]
             for op, parts in found.items():
                 exact = [torch.zeros_like(part, dtype=torch.float64) for part in parts]
                 for block in blocks:
@@ -104,13 +131,14 @@ def errors() -> list[dict]:
     return results
 
 
-def _exact(op: str, gbar: Tensor, delta: Tensor, rows: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    rows = tuple(part.double() for part in rows)
+def _exact(op: str, gbar: Tensor, delta: Tensor, block: Layer) -> tuple[Tensor, ...]:
+    block = Layer(*(part if part is None else part.double() for part in block))
+    rows, options = block[:3], block.options()
     if op == "forward":
-        return (reference.growing_forward(gbar, *rows),)
+        return (reference.growing_forward(gbar, *rows, **options),)
     if op == "backward":
-        return (reference.growing_backward(gbar, *rows, delta),)
-    return reference.growing_forward_jacobian(gbar, *rows)
+        return (reference.growing_backward(gbar, *rows, delta, **options),)
+    return reference.growing_forward_jacobian(gbar, *rows, **options)
 
 
 def copy_bandwidth() -> float:
@@ -120,11 +148,11 @@ def copy_bandwidth() -> float:
     return 2 * source.nbytes / (eager_milliseconds(lambda: target.copy_(source)) * 1e-3)
 
 
-def measure(rows: list[int]) -> dict:
+def measure(rows: list[int], dtype: torch.dtype) -> dict:
     """All numbers of the JSON file."""
     bandwidth = copy_bandwidth()
-    layers = {name: random_layer(max(rows), columns) for name, columns in COLUMNS.items()}
-    row_bytes = {name: 2 * layer[0].stride(0) + 2 * RANK + 4 for name, layer in layers.items()}
+    layers = {name: random_layer(max(rows), columns, dtype) for name, columns in COLUMNS.items()}
+    row_bytes = {name: layer.row_bytes for name, layer in layers.items()}
     results = []
     for M in rows:
         count = torch.tensor([M], device=CUDA)
@@ -147,7 +175,7 @@ def measure(rows: list[int]) -> dict:
         if M > PLAIN_ROWS:
             continue
         with ops.use("blocked"):
-            sliced = {name: tuple(part[:M] for part in layer) for name, layer in layers.items()}
+            sliced = {name: layer.cut(slice(M)) for name, layer in layers.items()}
             plain = {key: c for name, layer in sliced.items() for key, c in calls(name, layer, BATCH, None).items()}
             result["plain_torch_step_ms"] = eager_milliseconds(lambda p=plain: [p[f"{n} {op}"]() for n, op in STEP], 3)
             plain = calls("hidden", sliced["hidden"], FEW_SHOT_BATCH, None)
@@ -163,12 +191,12 @@ def measure(rows: list[int]) -> dict:
         "batch": BATCH,
         "few_shot_batch": FEW_SHOT_BATCH,
         "columns": COLUMNS,
-        "dtype": "float16",
+        "dtype": str(dtype).removeprefix("torch."),
         "copy_bandwidth_TB_s": bandwidth / 1e12,
         "bytes_per_row_and_pass": row_bytes,
         "results": results,
         "error_rows": ERROR_ROWS,
-        "errors": errors(),
+        "errors": errors(dtype),
     }
 
 
@@ -189,7 +217,7 @@ def draw(report: dict, path: Path) -> None:
     axes.set_xlabel("rows M")
     axes.set_ylabel("forward and backward of both growing layers [ms]")
     axes.set_title(
-        f"{report['gpu']}, r = {RANK}, batch {BATCH}, float16 ({report['copy_bandwidth_TB_s']:.2f} TB/s copy)"
+        f"{report['gpu']}, r = {RANK}, batch {BATCH}, {report['dtype']} ({report['copy_bandwidth_TB_s']:.2f} TB/s copy)"
     )
     axes.grid(True, which="both", alpha=0.3)
     axes.legend()
@@ -201,13 +229,15 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     parser.add_argument("--rows", type=int, nargs="+", default=[10_000, 50_000, 250_000, 1_000_000, 2_500_000])
+    parser.add_argument("--dtype", choices=("float16", "bfloat16", "int8"), default="float16")
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         print("this benchmark needs a CUDA device", file=sys.stderr)
         return 2
-    report = measure(arguments.rows)
+    report = measure(arguments.rows, getattr(torch, arguments.dtype))
     arguments.out.mkdir(parents=True, exist_ok=True)
-    stem = arguments.out / f"ops_{report['gpu'].removeprefix('NVIDIA ').lower().replace(' ', '_')}"
+    gpu, other = report["gpu"].removeprefix("NVIDIA ").lower().replace(" ", "_"), f"{arguments.dtype}_"
+    stem = arguments.out / f"ops_{'' if arguments.dtype == 'float16' else other}{gpu}"
     stem.with_suffix(".json").write_text(json.dumps(report, indent=2) + "\n")
     draw(report, stem.with_suffix(".png"))
     return 0

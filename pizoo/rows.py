@@ -112,10 +112,11 @@ class Reserved:
 
 
 def stored_columns(columns: int, dtype: torch.dtype) -> int:
-    """Columns that a row takes in reserved storage: the copy engine of a GPU wants rows of 2 bytes an entry to start at
-    multiples of 16 bytes, and gets that where it costs at most a twentieth."""
-    aligned = -(-columns // 8) * 8
-    return aligned if dtype.itemsize == 2 and aligned <= 1.05 * columns else columns
+    """Columns that a row takes in reserved storage: kernels for GPUs want rows of 2 bytes an entry to start at multiples of 16
+    bytes, of 1 byte at multiples of 4, and get that where it costs at most a twentieth."""
+    unit = {1: 4, 2: 8}.get(dtype.itemsize, 1)
+    aligned = -(-columns // unit) * unit
+    return aligned if aligned <= 1.05 * columns else columns
 
 
 def empty_rows(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -87,9 +87,11 @@ def test_reserving_less_than_there_is_changes_nothing() -> None:
     assert reserved.capacity == 6 and torch.equal(reserved.used, torch.arange(6.0))
 
 
-@pytest.mark.parametrize(("columns", "stored"), [(250, 256), (401, 408), (400, 400), (30, 30), (10, 10)])
-def test_reserved_rows_of_float16_start_at_multiples_of_16_bytes_where_that_costs_little(columns, stored) -> None:
-    for dtype, stride in ((torch.float16, stored), (torch.float32, columns), (torch.int8, columns)):
+@pytest.mark.parametrize(
+    ("columns", "of_2_bytes", "of_1"), [(250, 256, 252), (401, 408, 404), (400, 400, 400), (30, 30, 30), (10, 10, 10)]
+)
+def test_reserved_rows_start_where_kernels_want_them_where_that_costs_little(columns, of_2_bytes, of_1) -> None:
+    for dtype, stride in ((torch.float16, of_2_bytes), (torch.float32, columns), (torch.int8, of_1)):
         rows = torch.arange(5.0 * columns).remainder(100).view(5, columns).to(dtype)
         reserved = Reserved(rows)
         reserved.reserve(9)

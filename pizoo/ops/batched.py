@@ -37,8 +37,7 @@ def supports(b: int, A: Tensor, B: Tensor, backward: bool) -> bool:
         and hopper.supports(A.dtype, device)
         and hopper.fetchable(A)
         and hopper.fetchable(B)
-        and layout(b, B.shape[1], A.shape[1], backward, hopper.properties(device).shared_memory_per_block_optin)
-        is not None
+        and layout(b, B.shape[1], A.shape[1], backward, hopper.shared_memory(device)) is not None
     )
 
 
@@ -64,15 +63,14 @@ def partial_sums(
         RuntimeError: the kernel does not compile or launch.
     """
     (b, r), (M, r_out) = gbar.shape, A.shape
-    properties, backward = hopper.properties(A.device), delta is not None
-    shared = properties.shared_memory_per_block_optin
+    shared, backward = hopper.shared_memory(A.device), delta is not None
     constants = constants_of(b, r, r_out, backward, line, A.dtype, shared)
     samples = dict(constants)["SAMPLES"]
     found = nvrtc.kernel(
         A.device, "batched.cu", "growing_layer", constants, shared, hopper.headers((samples,), A.dtype)
     )
     tiles = blocks_of(b, samples)
-    programs = max(1, properties.multi_processor_count // tiles)
+    programs = max(1, hopper.properties(A.device).multi_processor_count // tiles)
     partial = gbar.new_empty(programs, b, line)
     early, late = (hopper.tensor_map(rows) for rows in ((A, B) if backward else (B, A)))
     arguments = (gbar, delta, early, late, amult, count, partial, M, b)

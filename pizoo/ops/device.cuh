@@ -1,6 +1,8 @@
 // What the kernels of this folder share: halves, barriers in shared memory, powers of two, F00, F11 and F02.
 //
-// Given by the compiler's command line: BFLOAT16.
+// Given by the compiler's command line: BFLOAT16, SAMPLES (of a program, a multiple of 8).
+
+#pragma once
 
 typedef unsigned short half_t;
 typedef unsigned int pair_t;  // two halves
@@ -40,6 +42,9 @@ __device__ __forceinline__ void wait(barrier_t* barrier, int phase) {
                  ::"r"(shared_address(barrier)), "r"(phase & 1) : "memory");
 }
 
+// What was written to shared memory before is there for copies and products that read it by themselves after.
+__device__ __forceinline__ void show_to_products() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
 // The power of two at or below x; x at least 0.
 __device__ __forceinline__ float power_of_two(float x) {
     return __int_as_float(__float_as_int(fminf(fmaxf(x, 1e-37f), 1e37f)) & 0x7F800000);
@@ -66,4 +71,16 @@ __device__ __forceinline__ void arc_cosine_kernels(float q, float& F00, float& F
     F11 = q > 0 ? 0.5f - acos : acos;
     F02 = root((1 - x) * (1 + x)) * TURNS;
     F00 = F02 + q * F11;
+}
+
+// This program's samples of b. Asked for again where they are needed, not kept: registers are short.
+__device__ __forceinline__ int samples_of(int b) { return min(SAMPLES, b - SAMPLES * (int)blockIdx.y); }
+
+// The unit, a power of two, that coefficients of a block are divided by, so that neither tiny multipliers nor tiny rows
+// underflow: kept while it is near enough to the largest of them, and no smaller than 2^-40 of the largest so far (top), so that
+// sums kept in that unit cannot overflow.
+__device__ __forceinline__ void follow(float largest, float& unit, float& top) {
+    top = fmaxf(top, largest);
+    const float near = power_of_two(fmaxf(largest, top * 9.094947e-13f));
+    if (near > 32 * unit || 32 * near < unit) unit = near;
 }

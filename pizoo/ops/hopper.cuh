@@ -3,8 +3,9 @@
 //
 // Rows, or columns, stand first in every product, samples second: 64 x samples x 16 is one instruction.
 //
-// Given by the compiler's command line: SAMPLES (a multiple of 8); by the program that compiles: wgmma.cuh, with
+// Given by the program that compiles: wgmma.cuh, with
 //     multiply<TRANSPOSED>(sums, a, b, more):  sums [64, n] = a [64, 16] b [16, n], or += with more; n follows from sums.
+//     multiply_registers(sums, a, b):  sums += a b likewise, a in registers, b as transposed.
 // Transposed (1), rows of chunks are summed over, else columns.
 
 #include "device.cuh"
@@ -44,7 +45,6 @@ __device__ __forceinline__ void settle(float (&sums)[SUMS]) {
     #pragma unroll
     for (int i = 0; i < SUMS; i++) asm volatile("" : "+f"(sums[i])::"memory");
 }
-__device__ __forceinline__ void show_to_products() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 __device__ __forceinline__ void wait_for_warpgroup(int id) { asm volatile("bar.sync %0, %1;" ::"r"(id), "n"(LANES) : "memory"); }
 template <int REGISTERS>
 __device__ __forceinline__ void give_registers() { asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(REGISTERS)); }
@@ -56,9 +56,6 @@ __device__ __forceinline__ void release(barrier_t* barrier) {
     if (threadIdx.x % 32 == 0) arrive(barrier);
 }
 
-// This program's samples of b. Asked for again where they are needed, not kept: registers are short.
-__device__ __forceinline__ int samples_of(int b) { return min(SAMPLES, b - SAMPLES * (int)blockIdx.y); }
-
 // This program's blocks: the first row of the first, from one to the next, and where rows in use end.
 struct Share {
     int first, step, count;
@@ -68,14 +65,7 @@ struct Share {
     }
 };
 
-// The unit, a power of two, that coefficients of a block are divided by, so that neither tiny multipliers nor tiny rows
-// underflow: kept while it is near enough to the largest of them, and no smaller than 2^-40 of the largest so far (top), so that
-// sums kept in that unit cannot overflow.
-__device__ __forceinline__ void follow(float largest, float& unit, float& top) {
-    top = fmaxf(top, largest);
-    const float near = power_of_two(fmaxf(largest, top * 9.094947e-13f));
-    if (near > 32 * unit || 32 * near < unit) unit = near;
-}
+// See follow.
 template <int TILES, int SUMS>
 __device__ __forceinline__ void change_unit(float (&sums)[TILES][SUMS], float& unit, float next) {
     if (next == unit) return;

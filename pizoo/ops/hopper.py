@@ -19,11 +19,12 @@ ROWS, WIDTH = 64, 64  # of a chunk of rows
 
 def supports(dtype: torch.dtype, device: torch.device) -> bool:
     """Whether kernels with Hopper's own matrix products run on rows of ``dtype`` on a CUDA device."""
-    return (
-        dtype in (torch.float16, torch.bfloat16)
-        and torch.cuda.get_device_capability(device) == CAPABILITY
-        and nvrtc.available()
-    )
+    return dtype in (torch.float16, torch.bfloat16) and present(device)
+
+
+def present(device: torch.device) -> bool:
+    """Whether a CUDA device runs these kernels, and what compiles them is there."""
+    return torch.cuda.get_device_capability(device) == CAPABILITY and nvrtc.available()
 
 
 def fetchable(rows: Tensor) -> bool:
@@ -69,7 +70,7 @@ def tensor_map(rows: Tensor) -> ctypes.Array:
 
 @functools.cache
 def headers(columns: tuple[int, ...], dtype: torch.dtype) -> tuple[tuple[str, str], ...]:
-    """``wgmma.cuh``: the matrix product of a warpgroup, for each of these numbers of ``columns``."""
+    """``wgmma.cuh``: the matrix products of a warpgroup, for each of these numbers of ``columns``."""
     return (("wgmma.cuh", "".join(_product(n, "bf16" if dtype == torch.bfloat16 else "f16") for n in columns)),)
 
 
@@ -85,6 +86,12 @@ __device__ __forceinline__ void multiply(float (&sums)[{count}], unsigned long l
                  : {operands}
                  : "l"(a), "l"(b), "r"(more), "n"(TRANSPOSED));
 }}
+__device__ __forceinline__ void multiply_registers(float (&sums)[{count}], const unsigned (&a)[4], unsigned long long b) {{
+    asm volatile("wgmma.mma_async.sync.aligned.m64n{columns}k16.f32.{kind}.{kind} "
+                 "{{{registers}}}, {{%{count}, %{count + 1}, %{count + 2}, %{count + 3}}}, %{count + 4}, 1, 1, 1, 1;"
+                 : {operands}
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+}}
 """
 
 
@@ -94,3 +101,8 @@ def blocks_of(n: int, size: int) -> int:
 
 
 properties = functools.cache(torch.cuda.get_device_properties)
+
+
+def shared_memory(device: torch.device) -> int:
+    """Bytes that a program may have."""
+    return properties(device).shared_memory_per_block_optin

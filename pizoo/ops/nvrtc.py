@@ -15,7 +15,7 @@ from importlib import resources
 import torch
 
 Constants = tuple[tuple[str, int], ...]
-HEADERS = ("device.cuh", "hopper.cuh")
+HEADERS = ("device.cuh", "hopper.cuh", "eight_bit.cuh", "jacobian_8.cuh", "jacobian_16.cuh")
 
 
 @functools.cache

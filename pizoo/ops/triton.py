@@ -9,7 +9,8 @@ number of rows in use is read on the device, so that one captured launch serves 
 Columns are cut into pieces whose widths are powers of two (400 = 256 + 128 + 16). Samples stand first and rows or columns
 second in every product: then one copy of a tile of rows, loaded asynchronously, serves both products with it.
 
-Two kernels are CUDA C++, since powers of two do not fit them: ``jacobian`` for few outputs, ``batched`` for many samples.
+Some kernels are CUDA C++: powers of two do not fit ``jacobian``, for few outputs, and ``batched``, for many samples;
+``eight_bit`` multiplies 8-bit rows as the integers they are.
 
 Coefficients are rounded to the dtype of the rows (int8 rows become float16, exactly) before a product with them. They are
 scaled by powers of two, exactly, so that neither tiny multipliers nor tiny rows underflow in half precision.
@@ -25,7 +26,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pizoo.ops import batched, hopper, jacobian
+from pizoo.ops import batched, eight_bit, hopper, jacobian
 
 
 @triton.jit
@@ -373,16 +374,13 @@ def growing_backward(
 
 
 def growing_forward_jacobian(
-    gbar: Tensor, A: Tensor, B: Tensor, amult: Tensor, count: Tensor | None = None, bmult: None = None
+    gbar: Tensor, A: Tensor, B: Tensor, amult: Tensor, count: Tensor | None = None, bmult: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Output and Jacobian in one pass, float32; see :func:`pizoo.ops.reference.growing_forward_jacobian`.
-
-    Not for int8 rows.
-    """
+    """Output and Jacobian in one pass, float32; see :func:`pizoo.ops.reference.growing_forward_jacobian`."""
     (b, r), (M, r_out) = gbar.shape, A.shape
-    gbar, amult, count = _read_by_kernels(gbar, amult, count)
+    gbar, amult, bmult, count = _read_by_kernels(gbar, amult, bmult, count)
     with torch.cuda.device_of(A):
-        partial = jacobian.partial_sums(gbar, A, B, amult, count)
+        partial = jacobian.partial_sums(gbar, A, B, amult, count, bmult)
         out, gradients = gbar.new_empty(b, r_out), gbar.new_empty(b, r_out, r)
         add_up(partial, gradients, count, M, jacobian.ROWS, gbar, out)
     return out, gradients
@@ -415,7 +413,7 @@ def _run(kernel, gbar: Tensor, A: Tensor, *others: Tensor | None) -> Tensor:
 def _run_on_current_device(kernel, gbar, A, B, amult, bmult, count, *delta) -> Tensor:
     """The layer's output [b, r_out] or the gradient [b, r]."""
     (b, r), (M, r_out) = gbar.shape, A.shape
-    gbar, amult, count = _read_by_kernels(gbar, amult, count)
+    gbar, amult, bmult, count = _read_by_kernels(gbar, amult, bmult, count)
     A, B = (rows if rows.stride(1) == 1 else rows.contiguous() for rows in (A, B))
     out = gbar.new_empty(b, r if delta else r_out)
     line = padded(out.shape[1] + len(delta))
@@ -423,6 +421,10 @@ def _run_on_current_device(kernel, gbar, A, B, amult, bmult, count, *delta) -> T
     if bmult is None and batched.supports(b, A, B, bool(delta)):
         partial = batched.partial_sums(gbar, A, B, amult, count, line, *delta)
         add_up(partial, out, count, M, batched.ROWS, along)
+        return out
+    if eight_bit.supports(b, A, B, bool(delta)):
+        partial = eight_bit.partial_sums(gbar, A, B, amult, bmult, count, line, *delta)
+        add_up(partial, out, count, M, eight_bit.ROWS, along)
         return out
     launch = _choose_launch(kernel, b, r, r_out, A.element_size(), A.device)
     strides, cut = (A.stride(0), B.stride(0)), (launch.rows, launch.batch, launch.stages)
@@ -439,10 +441,12 @@ def _run_on_current_device(kernel, gbar, A, B, amult, bmult, count, *delta) -> T
     return out
 
 
-def _read_by_kernels(gbar: Tensor, amult: Tensor, count: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+def _read_by_kernels(
+    gbar: Tensor, amult: Tensor, bmult: Tensor | None, count: Tensor | None
+) -> tuple[Tensor | None, ...]:
     """Inputs and multipliers in float32, without gaps, and the number of rows in use in int64."""
-    gbar, amult = (part.to(torch.float32).contiguous() for part in (gbar, amult))
-    return gbar, amult, None if count is None else count.to(torch.int64)
+    gbar, amult, bmult = (None if part is None else part.float().contiguous() for part in (gbar, amult, bmult))
+    return gbar, amult, bmult, None if count is None else count.to(torch.int64)
 
 
 def add_up(
@@ -483,7 +487,7 @@ def _choose_launch(kernel, b: int, r: int, r_out: int, itemsize: int, device: to
     if b > 32 and itemsize <= 2 and r <= 512 and r_out <= 512:
         wide = [Launch(32, 128, 8, 2)] if b > 64 and kernel is _forward_kernel else []
         launches = [*wide, Launch(32, 64, 8, 3), Launch(32, 64, 8, 2), *launches]
-    available = hopper.properties(device).shared_memory_per_block_optin if device.type == "cuda" else 1 << 17
+    available = hopper.shared_memory(device) if device.type == "cuda" else 1 << 17
     for launch in launches:
         buffers = launch.stages - (launch.batch < 64)
         inputs = r + r_out if kernel is _backward_kernel else r
