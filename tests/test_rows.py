@@ -328,7 +328,7 @@ def test_int8_rows_are_the_same_integers_after_a_round_trip_through_floats(dtype
 
 def test_conversions_go_block_by_block_to_the_same_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = [layer.state_dict() for layer in layers_in(BYTE, torch.float16)]
-    monkeypatch.setattr(pizoo.rows, "CONVERTED_AT_ONCE", 7)
+    monkeypatch.setattr(pizoo.rows.dtypes, "CONVERTED_AT_ONCE", 7)
     for layer, wanted in zip(layers_in(BYTE, torch.float16), whole, strict=True):
         torch.testing.assert_close(layer.state_dict(), wanted, rtol=0, atol=0)
 
