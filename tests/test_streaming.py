@@ -350,6 +350,28 @@ def test_finite_nets_and_cpus_have_nothing_to_stream(monkeypatch):
         plan(load_recipe(CIFAR), IMAGES, CPU, rows_on="disk")
 
 
+@pytest.mark.parametrize("dtype", ["int8", "float16"])
+def test_a_plan_times_the_ops_that_the_training_will_use(monkeypatch, dtype):
+    """Where kernels give a read-out's Jacobian with its output, rows of any dtype are read once."""
+    used = []
+
+    def counted(name):
+        real = getattr(planning, name)
+
+        def run(*args, **options):
+            used.append(name.removeprefix("growing_"))
+            return real(*args, **options)
+
+        monkeypatch.setattr(planning, name, run)
+
+    for op in ("forward", "backward", "forward_jacobian"):
+        counted(f"growing_{op}")
+    monkeypatch.setattr(planning, "fused", lambda b, A, B, op: A.shape[1] <= 10)
+    assert plan(load_recipe(CIFAR, [f"train.dtype={dtype}", "model.r=32"]), 20, CPU, estimate_time=True).seconds > 0
+    assert set(used) == {"forward", "backward", "forward_jacobian"}
+    assert used.count("forward") == used.count("backward") == used.count("forward_jacobian")
+
+
 def test_dry_run_says_what_is_needed_and_what_there_is(pizoo_command, monkeypatch):
     overrides = [argument for override in TINY for argument in ("--set", override)]
     shown = pizoo_command("train", "digits_infpi", *overrides, "--dry-run")
