@@ -23,6 +23,7 @@ from pizoo.files import CheckpointError
 from pizoo.recipes import Recipe, RecipeError, load_recipe
 from pizoo.rows import Reserved, growing_layers
 from pizoo.training import supervised
+from pizoo.training.folder import LOCK, training_lock
 from pizoo.training.reproduce import reproduce
 from pizoo.training.schedule import schedule_factor
 from pizoo.training.supervised import TrainingDiverged
@@ -505,10 +506,10 @@ def test_reproduce_trains_every_seed_ships_the_first_and_records_all(tmp_path, m
 def test_a_folder_in_use_or_refused_is_left_as_it_is(tmp_path):
     tiny = ("model.r=4", "data.subset=20", "train.epochs=1")
     folder = tmp_path / "run"
-    with segments.training_lock(folder):
+    with training_lock(folder):
         with pytest.raises(CheckpointError, match="run is in use"):
             pizoo.train("digits_infpi", folder, overrides=tiny, device="cpu")
-        assert [path.name for path in folder.iterdir()] == [segments.LOCK]
+        assert [path.name for path in folder.iterdir()] == [LOCK]
     pizoo.train("digits_infpi", folder, overrides=tiny, device="cpu")
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
     with pytest.raises(CheckpointError, match="another recipe"):
