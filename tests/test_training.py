@@ -22,7 +22,7 @@ from pizoo.evaluation.entries import classify
 from pizoo.files import CheckpointError
 from pizoo.recipes import Recipe, RecipeError, load_recipe
 from pizoo.rows import Reserved, growing_layers
-from pizoo.training import supervised
+from pizoo.training import results, supervised
 from pizoo.training.folder import LOCK, training_lock
 from pizoo.training.reproduce import reproduce
 from pizoo.training.schedule import schedule_factor
@@ -125,7 +125,7 @@ def test_a_resumed_training_is_the_uninterrupted_one(whole, tmp_path, monkeypatc
 def test_a_finished_training_is_loaded_not_trained_and_its_results_stay(whole, monkeypatch):
     before = {path.name: path.read_bytes() for path in whole.folder.iterdir() if path.name != "train.log"}
     monkeypatch.setattr(supervised.Training, "_step", lambda *args: pytest.fail("a step was taken"))
-    monkeypatch.setattr(supervised, "hardware", lambda device: "another machine")
+    monkeypatch.setattr(results, "hardware", lambda device: "another machine")
     again = pizoo.train("digits_infpi", whole.folder, overrides=TINY, device="cpu")
     assert states_equal(again.model, whole.model) and not again.model.training
     assert again.results == whole.results == json.loads((whole.folder / "results.json").read_text())

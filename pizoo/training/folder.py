@@ -1,15 +1,44 @@
-"""The folder of a training: no other process trains there."""
+"""The folder of a training: that it holds no other one, and that no other process trains there."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
-from pizoo.config import CONFIG
+from pizoo import checkpoint
+from pizoo.config import CONFIG, read_config
 from pizoo.files import CheckpointError
+from pizoo.recipes import Recipe, decisive
 
 LOCK = "train.lock"
+
+
+def check_folder(folder: Path, recipe: Recipe) -> None:
+    """Raise CheckpointError if a folder holds another recipe's training, or a shipped net that training would mix with."""
+    if not (folder / CONFIG).exists():
+        return
+    config = read_config(folder)
+    if "converted" in config:
+        raise CheckpointError(f"{folder} holds a converted net, not a training; choose another folder")
+    found, wanted = decisive(config.get("recipe")), decisive(recipe.to_dict())
+    if found != wanted:
+        raise CheckpointError(
+            f"{folder} holds a training of another recipe ({_difference(found, wanted)}); "
+            "choose another folder, or remove it"
+        )
+    if recipe.train is not None and (folder / checkpoint.MODEL).exists():
+        raise CheckpointError(f"{folder} holds a shipped net, not a training; choose another folder")
+
+
+def _difference(found: Any, wanted: Any, key: str = "") -> str:
+    """The first key in which two recipes differ, with both values."""
+    if isinstance(found, dict) and isinstance(wanted, dict):
+        for name in sorted(set(found) | set(wanted)):
+            if found.get(name) != wanted.get(name):
+                return _difference(found.get(name), wanted.get(name), f"{key}.{name}" if key else name)
+    return f"{key or 'recipe'} is {found!r} there, {wanted!r} here"
 
 
 @contextmanager
