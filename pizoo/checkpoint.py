@@ -36,7 +36,8 @@ from pizoo.data import Dataset
 from pizoo.files import CheckpointError, flush_names, read_tensors, write_json, write_tensors
 from pizoo.memory import HEADROOM, NotEnoughMemory, free_memory, is_out_of_memory
 from pizoo.rows import Rows, check_place, growing_layers
-from pizoo.segments import MANIFEST, Segment, State, read_epoch, read_manifest
+from pizoo.segments import MANIFEST, read_epoch, read_manifest
+from pizoo.stored import Segment, State
 
 PROBE_INPUTS = 32
 MODEL, PROBE, RESULTS, CORRECT = "model.safetensors", "probe.safetensors", "results.json", "correct.safetensors"

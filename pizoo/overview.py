@@ -10,7 +10,7 @@ from typing import Any
 from pizoo import checkpoint
 from pizoo.cards import data_sets, duration, markdown_table, mean_and_error, title, words
 from pizoo.config import CONFIG, read_config
-from pizoo.evaluation.verify import reproduction, verdict
+from pizoo.evaluation.reproduction import reproduction, verdict
 from pizoo.files import CheckpointError, read_json, write_atomically
 
 BEGIN = "<!-- entries: written by `pizoo overview` -->"

@@ -16,16 +16,15 @@ epochs before it stay loadable.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from pizoo import processes
-from pizoo.config import CONFIG, FORMAT, NETWORKS, beside, check_format, complete
+from pizoo.config import CONFIG, FORMAT, beside, check_format, complete
 from pizoo.files import (
     CheckpointError,
     check_file,
@@ -37,87 +36,11 @@ from pizoo.files import (
     write_tensors,
 )
 from pizoo.memory import copied_to_host
-from pizoo.models.base import check_state, persistent_tensors
-from pizoo.rows import Rows, growing_layers
+from pizoo.models.base import persistent_tensors
+from pizoo.rows import growing_layers
+from pizoo.stored import Segment, State
 
 MANIFEST = "checkpoint.json"
-LOCK = "train.lock"
-READ_BYTES = 1 << 26  # of rows at once, from a file into the storage reserved for them
-
-
-class Segment(NamedTuple):
-    """A file with rows; ``rows``: name of a growing layer -> the numbers of the rows of that layer in it, in their order."""
-
-    path: Path
-    rows: dict[str, range]
-
-
-class State(NamedTuple):
-    """A net's state as it lies in files. Rows, where nearly all of it is, are read when they are put into a net.
-
-    Attributes:
-        tensors: all of ``state_dict`` but growing layers' ``A``, ``B`` and ``amult``.
-        stored: name of a growing layer -> (amult as stored, decay).
-        segments: files that hold ``A`` and ``B`` of rows.
-    """
-
-    tensors: dict[str, Tensor]
-    stored: dict[str, tuple[Tensor, float]]
-    segments: list[Segment]
-
-    def check(self, model: nn.Module) -> None:
-        """Raise RuntimeError unless it is the state of a net like ``model``: names, shapes, floating-point numbers."""
-        amults = {f"{name}.amult": amult for name, (amult, _) in self.stored.items()}
-        if isinstance(model, tuple(NETWORKS.values())):  # how much a kernel holds depends on what it was fitted to
-            check_state(model, self.tensors | amults | self._row_shapes())
-        for name, tensor in (self.tensors | amults).items():
-            if not tensor.is_floating_point():
-                raise RuntimeError(f"{name} has dtype {tensor.dtype}; it must be a floating-point one")
-
-    @torch.no_grad()
-    def fill(self, model: nn.Module) -> None:
-        """Put it into ``model``, to the bit. Rows go straight into the layers' storage: room reserved there is kept.
-
-        Raises:
-            RuntimeError: a state of another net; the model is left as it was.
-            CheckpointError: a segment that cannot be read.
-        """
-        if not self.stored:
-            model.load_state_dict(self.tensors)
-            return
-        self.check(model)
-        model.load_state_dict(self.tensors, strict=False)
-        layers = growing_layers(model)
-        for name, layer in layers.items():
-            layer.reserve(len(self.stored[name][0]))
-        for path, rows in self.segments:
-            with opened(path) as file:
-                for name in layers.keys() & rows.keys():
-                    _read_rows(file, name, layers[name], self.stored[name][0], rows[name])
-        for name, layer in layers.items():
-            amult, decay = self.stored[name]
-            layer.grown(len(amult), decay)
-
-    def _row_shapes(self) -> dict[str, Tensor]:
-        """``A`` and ``B`` of all layers, their segments joined, without their values."""
-        parts: dict[str, list[Tensor]] = {}
-        for path, _ in self.segments:
-            with opened(path) as file:
-                for layer in self.stored:
-                    for name in {f"{layer}.A", f"{layer}.B"}.intersection(file.keys()):
-                        parts.setdefault(name, []).append(torch.empty(file.get_slice(name).get_shape(), device="meta"))
-        return {name: torch.cat(shapes) for name, shapes in parts.items()}
-
-
-def _read_rows(file: Any, name: str, layer: Rows, amult: Tensor, numbers: range) -> None:
-    """Read a segment's rows of a layer into its storage; ``amult`` [M] is that of all rows."""
-    A, B = (file.get_slice(f"{name}.{part}") for part in ("A", "B"))
-    row_bytes = sum(storage.shape[1] * storage.element_size() for storage in layer.storages[:2])
-    at_once = max(1, READ_BYTES // row_bytes)
-    for start in range(0, len(numbers), at_once):
-        part = numbers[start : start + at_once]
-        stop = start + len(part)
-        layer.put(part.start, A[start:stop], B[start:stop], amult[part.start : part.stop : part.step], part.step)
 
 
 class Epoch:
@@ -138,39 +61,6 @@ class Epoch:
         self.optimizer: dict[str, Tensor] = parts["optimizer"]
         stored = {layer: (amult, parts["decay"][layer].item()) for layer, amult in parts["amult"].items()}
         self.state = State(parts["model"], stored, segments)
-
-
-@contextmanager
-def training_lock(folder: Path | None) -> Iterator[None]:
-    """Keep a training folder (None: nothing) to this process; the lock ends with the process, however that ends.
-
-    A training that is refused before it has begun leaves no folder behind that it made, and no lock.
-
-    Raises:
-        CheckpointError: another process trains in this folder.
-    """
-    if folder is None:
-        yield
-        return
-    import fcntl  # not on Windows, where loading works
-
-    made = [path for path in (folder, *folder.parents) if not path.exists()]
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / LOCK, "a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise CheckpointError(
-                f"{folder} is in use: another process trains there; wait for it, or choose another folder"
-            ) from None
-        try:
-            yield
-        finally:
-            if not (folder / CONFIG).exists():
-                (folder / LOCK).unlink(missing_ok=True)
-                with suppress(OSError):  # something else has come into it
-                    for path in made:
-                        path.rmdir()
 
 
 def start_training(folder: Path, model: nn.Module, config: Mapping[str, Any]) -> None:

@@ -22,13 +22,14 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import pizoo
-from pizoo import checkpoint, segments
+from pizoo import checkpoint, segments, stored
 from pizoo.config import complete, config_digest
 from pizoo.files import CheckpointError, sha256, write_atomically, write_json, write_tensors
 from pizoo.models import FinPiMLP, InfPiMLP, MuMLP, NNGPRegressor, NTKRegressor
 from pizoo.optim import PiSGD, param_groups
 from pizoo.recipes import load_recipe
 from pizoo.training import supervised
+from pizoo.training.folder import training_lock
 from pizoo.training.report import logging_to
 from pizoo.training.state import Behind
 
@@ -203,7 +204,7 @@ def test_dtype_and_device_are_the_callers_where_given(tmp_path):
 
 
 def test_int8_rows_load_as_floats_of_the_same_function(finished, monkeypatch):
-    monkeypatch.setattr(segments, "READ_BYTES", 100)  # a few rows at once
+    monkeypatch.setattr(stored, "READ_BYTES", 100)  # a few rows at once
     folder, _ = finished["int8"]
     as_stored, floats = (pizoo.load(folder, dtype=dtype) for dtype in (None, torch.float32))
     assert (as_stored.output.A.dtype, floats.output.A.dtype, floats.output.bmult) == (torch.int8, torch.float32, None)
@@ -495,9 +496,9 @@ def test_pickled_weights_beside_the_checkpoint_are_not_looked_at(tmp_path):
 HOLD = """
 import sys
 from pathlib import Path
-from pizoo import segments
+from pizoo.training.folder import training_lock
 
-with segments.training_lock(Path(sys.argv[1])):
+with training_lock(Path(sys.argv[1])):
     print("held", flush=True)
     sys.stdin.read()
 """
@@ -508,10 +509,10 @@ def test_a_training_folder_belongs_to_one_process_until_that_ends(tmp_path):
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
         assert other.stdout.readline() == "held\n"
         refused = pytest.raises(CheckpointError, match=r"run is in use: another process trains there")
-        with refused, segments.training_lock(tmp_path / "run"):
+        with refused, training_lock(tmp_path / "run"):
             pass
         other.kill()
-    with segments.training_lock(tmp_path / "run"), segments.training_lock(None):
+    with training_lock(tmp_path / "run"), training_lock(None):
         pass
 
 

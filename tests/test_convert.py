@@ -16,7 +16,7 @@ from test_checkpoint import assert_same, flip_bit
 from test_golden import Golden, files
 
 import pizoo
-from pizoo import convert, zoo
+from pizoo import convert, layouts, zoo
 from pizoo.config import complete
 from pizoo.convert import compare
 from pizoo.files import CheckpointError, read_tensors, write_json
@@ -83,7 +83,7 @@ def test_an_infinite_net_comes_over_to_the_bit(layout, name, legacy, tmp_path, m
     model = infinite(**INFINITE[name])
     foreign.save(foreign.INFINITE[layout](model), tmp_path / "net.th", legacy)
     if layout == "newer_state" and INFINITE[name].get("layernorm"):
-        assert "layernorm" not in convert.understand(convert.read_pickled(tmp_path / "net.th"), tmp_path).stated
+        assert "layernorm" not in layouts.understand(convert.read_pickled(tmp_path / "net.th"), tmp_path).stated
     done = convert.convert(tmp_path / "net.th", entry_of(model, tmp_path / "entry"), tmp_path / "made")
     same_function(tmp_path / "made", model)
     assert done.rows == {name: layer.count for name, layer in growing_layers(model).items()}

@@ -12,7 +12,7 @@ import pytest
 import torch
 from test_checkpoint import flip_bit
 
-from pizoo import convert
+from pizoo import layouts
 from pizoo.files import CheckpointError
 from pizoo.pickles import Inert, StoredTensor, read_pickled
 
@@ -60,7 +60,7 @@ def test_what_is_refused_is_refused_by_its_name(tmp_path):
     ):
         (tmp_path / "net.th").write_bytes(hostile.archive(b"\x80\x02" + program + b"."))
         with pytest.raises(CheckpointError, match=named) as caught:
-            read_pickled(tmp_path / "net.th", convert._knows)
+            read_pickled(tmp_path / "net.th", layouts.knows)
         assert "nothing in it was executed" in str(caught.value)
 
 
@@ -144,8 +144,8 @@ def test_whatever_is_done_to_a_files_bytes_it_is_refused_or_read(tmp_path, legac
         else:
             path.write_bytes(content[:at] + rng.randbytes(rng.randrange(8)) + content[at + rng.randrange(8) :])
         try:
-            found = read_pickled(path, convert._knows)
-            tensors = convert.understand(found, path).tensors
+            found = read_pickled(path, layouts.knows)
+            tensors = layouts.understand(found, path).tensors
             for tensor in tensors.values():
                 tensor.read()
         except CheckpointError as error:

@@ -23,7 +23,7 @@ from test_ops import CUDA, OPS, TOLERANCE, Case, brain, byte, call, error, half,
 from torch import nn
 
 import pizoo
-from pizoo import checkpoint, memory, ops, segments
+from pizoo import checkpoint, memory, ops, segments, stored
 from pizoo.memory import HEADROOM, NotEnoughMemory, empty_on_host, explained, free_memory, to_host
 from pizoo.models import InfPiMLP
 from pizoo.nn import InfPiLinear
@@ -438,7 +438,7 @@ def test_loading_puts_rows_where_there_is_room(monkeypatch, tmp_path):
 
 
 def test_a_resumed_training_reads_rows_into_the_room_reserved_for_them(tmp_path, monkeypatch):
-    monkeypatch.setattr(segments, "READ_BYTES", 100)  # a few rows at once
+    monkeypatch.setattr(stored, "READ_BYTES", 100)  # a few rows at once
     wanted = pizoo.train(tiny(), tmp_path / "whole", device="cpu").model.state_dict()
     step = supervised.Training._step
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
@@ -567,7 +567,7 @@ def test_out_of_memory_in_an_epoch_keeps_those_before_and_says_what_to_do(
 def test_out_of_memory_when_a_training_is_resumed_is_no_damage_to_its_checkpoint(monkeypatch, tmp_path):
     wanted = pizoo.train(tiny(), tmp_path, device="cpu").model.state_dict()
     with monkeypatch.context() as patch:
-        patch.setattr(segments, "_read_rows", lambda *args: no_gpu_memory())
+        patch.setattr(stored, "_read_rows", lambda *args: no_gpu_memory())
         with pytest.raises(NotEnoughMemory, match=r"ran out of memory .*; the net of epoch 3 stands in"):
             pizoo.train(tiny(), tmp_path, device="cpu")
         with pytest.raises(torch.OutOfMemoryError):

@@ -22,7 +22,8 @@ from pizoo.evaluation.entries import classify
 from pizoo.files import CheckpointError
 from pizoo.recipes import Recipe, RecipeError, load_recipe
 from pizoo.rows import Reserved, growing_layers
-from pizoo.training import supervised
+from pizoo.training import results, supervised
+from pizoo.training.folder import LOCK, training_lock
 from pizoo.training.reproduce import reproduce
 from pizoo.training.schedule import schedule_factor
 from pizoo.training.supervised import TrainingDiverged
@@ -124,7 +125,7 @@ def test_a_resumed_training_is_the_uninterrupted_one(whole, tmp_path, monkeypatc
 def test_a_finished_training_is_loaded_not_trained_and_its_results_stay(whole, monkeypatch):
     before = {path.name: path.read_bytes() for path in whole.folder.iterdir() if path.name != "train.log"}
     monkeypatch.setattr(supervised.Training, "_step", lambda *args: pytest.fail("a step was taken"))
-    monkeypatch.setattr(supervised, "hardware", lambda device: "another machine")
+    monkeypatch.setattr(results, "hardware", lambda device: "another machine")
     again = pizoo.train("digits_infpi", whole.folder, overrides=TINY, device="cpu")
     assert states_equal(again.model, whole.model) and not again.model.training
     assert again.results == whole.results == json.loads((whole.folder / "results.json").read_text())
@@ -505,10 +506,10 @@ def test_reproduce_trains_every_seed_ships_the_first_and_records_all(tmp_path, m
 def test_a_folder_in_use_or_refused_is_left_as_it_is(tmp_path):
     tiny = ("model.r=4", "data.subset=20", "train.epochs=1")
     folder = tmp_path / "run"
-    with segments.training_lock(folder):
+    with training_lock(folder):
         with pytest.raises(CheckpointError, match="run is in use"):
             pizoo.train("digits_infpi", folder, overrides=tiny, device="cpu")
-        assert [path.name for path in folder.iterdir()] == [segments.LOCK]
+        assert [path.name for path in folder.iterdir()] == [LOCK]
     pizoo.train("digits_infpi", folder, overrides=tiny, device="cpu")
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
     with pytest.raises(CheckpointError, match="another recipe"):

@@ -73,7 +73,7 @@ def _print(reports: dict[str, VerifyReport]) -> None:
 
 def _cells(report: VerifyReport) -> tuple[str, ...]:
     """What a report is shown by, beside its entry."""
-    from pizoo.evaluation.verify import verdict
+    from pizoo.evaluation.reproduction import verdict
 
     marked = {"verified": "[green]verified[/]", "mismatch": "[red]mismatch[/]"}
     probe, measured = report.check == "probe", percent(report.measured, report.half_width)

@@ -17,6 +17,7 @@ from pizoo.data import DataNotFoundError, load_tasks
 from pizoo.evaluation.accuracy import correct, percent, predict, within
 from pizoo.evaluation.entries import attach_training_images
 from pizoo.evaluation.fewshot import TaskAccuracy, adapter, split_correct
+from pizoo.evaluation.reproduction import Reproduction, recorded_mean, reproduction
 from pizoo.evaluation.transfer import measure_transfer, measures_all
 from pizoo.files import CheckpointError, read_json, read_tensors
 from pizoo.memory import choose_device
@@ -49,7 +50,6 @@ class _NotRun(Exception):
 
 
 Status = Literal["verified", "mismatch", "not run"]
-Reproduction = Literal["reproduced", "above", "below", "no published number", "no recorded number"]
 
 
 @dataclass(frozen=True)
@@ -332,26 +332,3 @@ def _recorded_correct(folder: Path, results: dict[str, Any]) -> dict[str, Tensor
                 f"{folder}: the accuracy recorded of {key} is not that of its images in {checkpoint.CORRECT}"
             )
     return found
-
-
-def recorded_mean(results: dict[str, Any]) -> float | None:
-    """Accuracy over seeds in percent that ``results.json`` records; None: none."""
-    return results.get("mean_accuracy", results.get("accuracy"))
-
-
-def verdict(found: Reproduction) -> str:
-    """As tables have it: a dash where there is nothing to compare."""
-    return "–" if found.startswith("no ") else found
-
-
-def reproduction(recipe: dict[str, Any], results: dict[str, Any]) -> Reproduction:
-    """Whether our training reproduces the paper: the recorded mean against the number that the recipe says is published."""
-    mean, published = recorded_mean(results), (recipe.get("published") or {}).get("accuracy")
-    tolerance = (recipe.get("tolerance") or {}).get("reproduce") or 1.0
-    if published is None:
-        return "no published number"
-    if mean is None:
-        return "no recorded number"
-    if within(tolerance, mean, published):
-        return "reproduced"
-    return "above" if mean > published else "below"

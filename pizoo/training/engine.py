@@ -5,8 +5,8 @@ loop keeps in Python (learning rate, row counts, decay factors, where in the epo
 nothing in an epoch waits for the host. A step whose loss or gradient is not finite changes nothing, nor does any step after
 it; the host learns of it at the end of the epoch.
 
-The gradient of a weight over a batch is ``deltaᵀ inputs``, of rank b. It is never formed: its norm is
-``<delta deltaᵀ, inputs inputsᵀ>``, and the update is one pass over the weight (:mod:`pizoo.ops.dense`).
+Forward and backward pass are written out (:mod:`pizoo.training.passes`), the gradient of a weight is never formed
+(:mod:`pizoo.training.gradients`), and its update is one pass over the weight (:mod:`pizoo.ops.dense`).
 """
 
 from __future__ import annotations
@@ -15,111 +15,27 @@ import functools
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from pizoo import ops, processes
-from pizoo.functional import unit
 from pizoo.models import InfPiMLP, PiNet
 from pizoo.nn import InfPiLinear
-from pizoo.ops import dense, library
+from pizoo.ops import dense
 from pizoo.ops.append import append_fused, append_reference
 from pizoo.ops.reference import accumulate_dtype
-from pizoo.optim import FOLD_DECAY_BELOW, PiSGD
+from pizoo.optim import PiSGD
 from pizoo.recipes import Train
-from pizoo.rows import directed, product_norm_of_grams, rows_norm_of_grams, scaled
+from pizoo.rows import directed, scaled
+from pizoo.training.gradients import Gradient, grad_norms
+from pizoo.training.growing import GrowingState
+from pizoo.training.passes import FinitePasses, InfinitePasses
 
 WARM_UP_STEPS = 3
 # A finite net trains for as long as the compiler thinks. Small kernels of a step gain nothing from what these look for.
 COMPILE_OPTIONS = {"pattern_matcher": False, "triton.autotune_pointwise": False}
 SMALLEST_DECAY = 1e-25  # within an epoch: beyond it amult / decay would leave float32
-
-
-class GrowingState:
-    """A growing layer as the engine sees it: whole storages, and on the device what the layer keeps in Python.
-
-    Attributes:
-        count: of all its rows, int64 [1].
-        held: of those in these storages, int64 [1]; fewer where processes share the rows.
-    """
-
-    def __init__(self, layer: InfPiLinear):
-        self.layer, self.share = layer, layer.share
-        self.storages = layer.storages
-        self.rows, (self.bmult,) = self.storages[:3], self.storages[3:] or (None,)
-        self.dtype, device = layer.A.dtype, layer.device
-        self.count = torch.tensor([layer.count], device=device)
-        self.held = self.share.count(self.count)
-        self.decay = torch.tensor([layer.decay], dtype=torch.float64, device=device)
-
-    @property
-    def options(self) -> tuple:
-        """What the ops take beside rows and inputs."""
-        return self.held, self.bmult, self.layer.shared
-
-    def grow(self, appended: Tensor) -> None:
-        """Count rows that were dealt."""
-        self.count.add_(appended)
-        if self.layer.shared:
-            self.held.copy_(self.share.count(self.count))
-
-    def dealt(self, new: int) -> slice | Tensor:
-        """Which of ``new`` rows to write here. In every step as many: one too many lies behind those counted."""
-        if not self.layer.shared:
-            return slice(None)
-        turns = torch.arange(0, new, self.share.of, device=self.count.device)
-        return (self.share.first(self.count) + turns).clamp(max=new - 1)
-
-    def sync(self) -> None:
-        """Tell the layer how far it has grown."""
-        self.layer.grown(self.count.item(), self.decay.item())
-        if self.layer.decay < FOLD_DECAY_BELOW:
-            self.layer.fold_decay()
-            self.decay.fill_(1)
-
-
-@dataclass
-class Gradient:
-    """The gradient of a weight over a batch, ``deltaᵀ inputs``, as its factors, and of the bias beside it.
-
-    Attributes:
-        module: the layer.
-        inputs: what entered the layer [b, n_in]; for a growing layer its unit inputs.
-        delta: gradient at the layer's output before alpha and bias [b, n_out].
-        scale: what delta is multiplied by to make new rows [b, 1]; None for a layer that does not grow.
-    """
-
-    module: nn.Module
-    inputs: Tensor
-    delta: Tensor
-    scale: Tensor | None
-
-    def bias(self) -> Tensor:
-        """Gradient of the bias [n_out]."""
-        return self.module.bias_alpha * self.delta.sum(0)
-
-
-def grad_norms(gradients: list[Gradient]) -> list[list[Tensor]]:
-    """Of each weight and, if there is one, bias, 0-d, as :func:`pizoo.optim.grad_norm`.
-
-    All from inner products of samples: few small kernels, whatever the number of layers.
-    """
-    norms: dict[int, list[Tensor]] = {}
-    for grows, norm in ((False, product_norm_of_grams), (True, rows_norm_of_grams)):
-        group = [gradient for gradient in gradients if (gradient.scale is not None) == grows]
-        if not group:
-            continue
-        deltas, inputs = (
-            torch.stack([_gram(t) for t in ts]) for ts in zip(*((g.delta, g.inputs) for g in group), strict=True)
-        )
-        scales = torch.stack([g.scale * g.scale.T for g in group]) if grows else 1
-        weights, biases = norm(deltas * scales, inputs), deltas.sum((1, 2)).clamp(min=0).sqrt()
-        for gradient, weight, bias in zip(group, weights, biases, strict=True):
-            module = gradient.module
-            norms[id(gradient)] = [weight] if module.bias is None else [weight, abs(module.bias_alpha) * bias]
-    return [norms[id(gradient)] for gradient in gradients]
 
 
 class Engine:
@@ -154,7 +70,7 @@ class Engine:
         Args:
             layers: those it passes through, from the input on; frozen ones stay as they are.
         """
-        self.model, self.settings, self.layers = model, settings, layers
+        self.model, self.settings = model, settings
         self.groups = {group["role"]: group for group in optimizer.param_groups}
         self.lr_factors, device = lr_factors.to(torch.float64), lr_factors.device
         # One-element vectors: compiling for a CPU, torch may take 0-d tensors for numbers and lose what is written to them.
@@ -162,17 +78,18 @@ class Engine:
         self.step = torch.zeros(1, dtype=torch.int64, device=device)  # of the whole training
         self.finite = torch.ones(1, dtype=torch.bool, device=device)
         self.growing = [GrowingState(layer) for layer in layers if isinstance(layer, InfPiLinear)]
-        self.trained = [any(param.requires_grad for param in layer.parameters()) for layer in layers]
-        self.appending = [state for state, trains in zip(self.growing, self.trained[1:], strict=False) if trains]
+        trained = [any(param.requires_grad for param in layer.parameters()) for layer in layers]
+        self.appending = [state for state, trains in zip(self.growing, trained[1:], strict=False) if trains]
         dense_weights = [layers[0].A] if self.growing else [layer.weight for layer in layers]
-        self.weights = [weight.data for weight, trains in zip(dense_weights, self.trained, strict=False) if trains]
-        self._lowest = self.trained.index(True)  # below it no gradient is needed
+        self.weights = [weight.data for weight, trains in zip(dense_weights, trained, strict=False) if trains]
         self._on_gpu = device.type == "cuda"
         self._compute = compiled(self._compute_step) if self._on_gpu else self._compute_step
         self._append = append_fused if self._on_gpu else append_reference
-        self._one_pass = (
-            self.growing and layers[-1].role == "readout" and (not self._on_gpu or self._readout_in_one_pass())
-        )
+        if self.growing:
+            one_pass = layers[-1].role == "readout" and (not self._on_gpu or self._readout_in_one_pass())
+            self.passes = InfinitePasses(model, self.growing, trained, one_pass)
+        else:
+            self.passes = FinitePasses(model, layers, trained)
         self._side = torch.cuda.Stream(device) if self._on_gpu else None
         self._steps: dict[int, Callable[[], None]] = {}
 
@@ -293,17 +210,9 @@ class Engine:
         """Loss of the next ``size`` samples (0-d), what the host is told of it [k], gradients of the layers in their order."""
         batch = self.order[self.position + torch.arange(size, device=self.order.device)]
         x, y = self.x[batch], self.y[batch]
-        logits, entered = self._forward(x)
+        logits, entered = self.passes.forward(x)
         loss, delta = self._loss(logits, y)
-        return loss, loss[None], self._backward(x, delta, entered)
-
-    def _forward(self, x: Tensor) -> tuple[Tensor, list[tuple]]:
-        """Output of the layers trained, and what the backward pass needs."""
-        return (self._infinite_forward if self.growing else self._finite_forward)(x)
-
-    def _backward(self, x: Tensor, delta: Tensor, entered: list[tuple]) -> list[Gradient]:
-        """Gradients of all layers from that at their output."""
-        return (self._infinite_backward if self.growing else self._finite_backward)(x, delta, entered)
+        return loss, loss[None], self.passes.backward(x, delta, entered)
 
     def _loss(self, logits: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         """Loss (0-d) and its gradient at the logits [b, classes], in at least float32."""
@@ -313,69 +222,6 @@ class Engine:
             return nn.functional.mse_loss(logits, target), 2 * (logits - target) / logits.numel()
         log_p = logits.log_softmax(1)
         return -(log_p * target).sum() / len(y), (log_p.exp() - target) / len(y)
-
-    def _infinite_forward(self, x: Tensor) -> tuple[Tensor, list[tuple]]:
-        net: InfPiMLP = self.model
-        g = net.input.alpha * _biased(library.product(x, net.input.A), net.input)
-        entered = []
-        for state in self.growing:
-            layer, (gbar, s) = state.layer, unit(g)
-            scale = state.decay if layer.layernorm else s * state.decay
-            if self._one_pass and state is self.growing[-1]:
-                out, jacobian = library.growing_forward_jacobian(gbar, *state.rows, *state.options)
-            else:
-                out, jacobian = library.growing_forward(gbar, *state.rows, *state.options), None
-            entered.append((gbar, s, jacobian))
-            g = layer.alpha * _biased((out * scale).to(g.dtype), layer)
-        return g, entered
-
-    def _infinite_backward(self, x: Tensor, dg: Tensor, entered: list[tuple]) -> list[Gradient]:
-        net: InfPiMLP = self.model
-        gradients = []
-        for l in reversed(range(max(1, self._lowest), len(self.layers))):
-            state, (gbar, s, jacobian) = self.growing[l - 1], entered[l - 1]
-            layer, delta = state.layer, _times(state.layer.alpha, dg).to(gbar.dtype)
-            if self.trained[l]:
-                gradients.append(Gradient(layer, gbar, delta, torch.ones_like(s) if layer.layernorm else s))
-            if l == self._lowest:
-                break
-            decayed = delta * state.decay
-            if jacobian is not None:
-                dg = (decayed.to(jacobian.dtype)[:, :, None] * jacobian).sum(1)
-            else:
-                dg = library.growing_backward(gbar, *state.rows, decayed.to(delta.dtype), *state.options)
-            if layer.layernorm:
-                dg = dg - (dg * gbar).sum(1, keepdim=True) * gbar
-                dg = dg / torch.where(s > 0, s, torch.ones_like(s))
-        if self._lowest == 0:
-            gradients.append(Gradient(net.input, x, _times(net.input.alpha, dg.to(x.dtype)), None))
-        return gradients[::-1]
-
-    def _finite_forward(self, x: Tensor) -> tuple[Tensor, list[tuple]]:
-        entered, h = [], x
-        for layer in self.layers:
-            last = layer.role == "readout"  # few columns, at which matrix products made for many are slow
-            z = library.product(h, layer.weight.T) if last else h @ layer.weight.T
-            out = layer.alpha * _biased(z, layer)
-            out = out if last else torch.relu(out)
-            entered.append((h, out))
-            h = out
-        return h, entered
-
-    def _finite_backward(self, x: Tensor, delta: Tensor, entered: list[tuple]) -> list[Gradient]:
-        gradients = []
-        for l in reversed(range(self._lowest, len(self.layers))):
-            layer, (h, out) = self.layers[l], entered[l]
-            if layer.role != "readout":
-                delta = delta * (out > 0)
-            delta = _times(layer.alpha, delta).to(x.dtype)
-            basis = self.model.basis(l)
-            projected = delta if basis is None else (delta @ basis) @ basis.T
-            if self.trained[l]:
-                gradients.append(Gradient(layer, h, projected, None))
-            if l > self._lowest:
-                delta = delta @ layer.weight
-        return gradients[::-1]
 
     def _clip(self, gradients: list[Gradient], lr_factor: Tensor) -> tuple[list[list[Tensor]], list[Tensor]]:
         """What each gradient (weight, bias) is multiplied by, and all norms, flat."""
@@ -448,18 +294,3 @@ def unsupported(settings: Train, steps_per_epoch: int, grows: bool, trains_reado
     if kept <= 0 or steps_per_epoch * math.log(kept) < math.log(SMALLEST_DECAY):
         return "weight decay leaves nothing of a row within an epoch"
     return None
-
-
-def _gram(x: Tensor) -> Tensor:
-    """``x xᵀ`` [b, b] of [b, n], b small and n large, as a sum: fused, it beats a matrix product made for large b."""
-    x = x.to(accumulate_dtype(x.dtype))
-    return (x[:, None, :] * x).sum(2)
-
-
-def _times(alpha: float, x: Tensor) -> Tensor:
-    """``alpha x``, without a kernel for an alpha of 1."""
-    return x if alpha == 1 else alpha * x
-
-
-def _biased(z: Tensor, module: nn.Module) -> Tensor:
-    return z if module.bias is None else z + module.bias_alpha * module.bias

@@ -31,9 +31,11 @@ from pizoo.files import read_json, write_json
 from pizoo.models.adapt import Adaptable
 from pizoo.recipes import Recipe
 from pizoo.training.fewshot import clip_outer_gradient, task_results
+from pizoo.training.folder import check_folder
 from pizoo.training.plan import samples_per_epoch
 from pizoo.training.report import LapTimer, StepProgress
-from pizoo.training.supervised import REMEDY, Training, TrainingDiverged, TrainResult, check_folder, training_results
+from pizoo.training.results import TrainResult, training_results
+from pizoo.training.supervised import REMEDY, Training, TrainingDiverged
 from pizoo.training.task_engine import TaskEngine, unsupported_tasks
 
 SELECTED = "validation_rotated"

@@ -20,8 +20,8 @@ from pizoo.memory import choose_device
 from pizoo.recipes import Recipe
 from pizoo.training import meta, transfer
 from pizoo.training.compact import compact_net
+from pizoo.training.results import TrainResult
 from pizoo.training.seeds import summary, train_seeds
-from pizoo.training.supervised import TrainResult
 from pizoo.training.tune import tune
 from pizoo.zoo import TUNED
 

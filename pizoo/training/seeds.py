@@ -21,7 +21,7 @@ from pizoo.files import CheckpointError, write_json
 from pizoo.memory import choose_device
 from pizoo.plots import CURVES, draw_curves, rows_by_epoch
 from pizoo.recipes import Recipe
-from pizoo.training.supervised import TrainResult
+from pizoo.training.results import TrainResult
 from pizoo.training.train import train
 from pizoo.training.transfer import target_correct
 

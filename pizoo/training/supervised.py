@@ -1,4 +1,4 @@
-"""Supervised training of a recipe, as a plain loop; kernel recipes are solved instead.
+"""Supervised training of a recipe, as a plain loop; kernel recipes are solved instead (:mod:`pizoo.training.kernel`).
 
 Everything a training does follows from its recipe: initial values and batch order from the seed, the learning rate from the
 step. An epoch is therefore resumed from the net and the optimizer alone, and the resumed run is the uninterrupted one, bit for
@@ -8,32 +8,29 @@ bit on the same machine.
 from __future__ import annotations
 
 import math
-import platform
 import time
 import warnings
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
-from datetime import date
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from pizoo import __version__, checkpoint, ops, processes, segments
-from pizoo.config import CONFIG, read_config
+from pizoo import checkpoint, ops, processes, segments
 from pizoo.data import Dataset, epoch_order
 from pizoo.evaluation.accuracy import accuracy, predict
-from pizoo.files import CheckpointError, read_json, write_json
+from pizoo.files import read_json, write_json
 from pizoo.memory import explained
-from pizoo.models import KernelRegressor
 from pizoo.optim import PiSGD, clip_grad_norm_, param_groups
-from pizoo.recipes import Recipe, RecipeError, decisive
+from pizoo.recipes import Recipe, RecipeError
 from pizoo.rows import growing_layers
 from pizoo.training.engine import Engine, unsupported
 from pizoo.training.finetune import freeze, initial_rows, source_net, take_trunk
-from pizoo.training.plan import check_solving, plan
-from pizoo.training.report import LapTimer, StepProgress, commit, hardware, log, peak_memory
+from pizoo.training.folder import check_folder
+from pizoo.training.plan import plan
+from pizoo.training.report import LapTimer, StepProgress, log
+from pizoo.training.results import TrainResult, training_results
 from pizoo.training.schedule import schedule_factor
 from pizoo.training.state import Behind, Snapshot, optimizer_tensors, restore
 
@@ -42,27 +39,6 @@ REMEDY = "Try a smaller train.lr or train.clip.max_norm, and check the inputs"
 
 class TrainingDiverged(RuntimeError):
     """A loss or gradient that is not finite; the message says where, and which checkpoint is the last good one."""
-
-
-@dataclass
-class TrainResult:
-    """What a training gave.
-
-    Attributes:
-        model: the net after the last epoch, of few-shot and transfer trainings that of the epoch chosen, in eval mode.
-        recipe: what was trained.
-        folder: where its checkpoint is; None if none was asked for.
-        history: one record an epoch: epoch, step, loss, test_accuracy, seconds, ...
-        results: what ``results.json`` holds.
-        correct: which test images the net classifies correctly, bool [n], where this run has just measured transfer; else None.
-    """
-
-    model: nn.Module
-    recipe: Recipe
-    folder: Path | None
-    history: list[dict[str, Any]] = field(default_factory=list)
-    results: dict[str, Any] = field(default_factory=dict)
-    correct: Tensor | None = None
 
 
 class Training:
@@ -383,82 +359,3 @@ class Training:
     def _kept_epochs(self) -> Iterable[int]:
         """Epochs of a finite net that stay loadable, beside the best and the last."""
         return ()
-
-
-def solve_kernel(recipe: Recipe, dataset: Dataset, folder: Path | None, device: torch.device) -> TrainResult:
-    """Fit a kernel regressor on all training inputs, in float64; if ``folder`` holds it already, load it."""
-    timer, begin = LapTimer(), time.perf_counter()
-    model = recipe.build_model(device)
-    if not isinstance(model, KernelRegressor):
-        raise RecipeError(
-            f"{recipe.entry}: a {recipe.model.kind} has no closed solution; its recipe needs a train part"
-        )
-    normalize = recipe.data.normalize
-    train_x = normalize(dataset.train_x.to(device), torch.float64)
-    if folder is not None:
-        check_folder(folder, recipe)
-        if (folder / checkpoint.RESULTS).exists():
-            model, _ = checkpoint.load(folder, device=device)
-            results = read_json(folder / checkpoint.RESULTS)
-            return TrainResult(model.attach(train_x), recipe, folder, results["history"], results)
-    check_solving(recipe, len(train_x), device)
-    model.fit(train_x, dataset.train_y.to(device))
-    record: dict[str, Any] = {"epoch": 0, "train_seconds": time.perf_counter() - begin}
-    if dataset.test_x is not None:
-        record["test_accuracy"] = accuracy(predict(model, dataset.test_x, normalize), dataset.test_y)
-    record["wall_seconds"] = timer.lap()
-    results = training_results(recipe, [record], device)
-    if folder is not None:
-        checkpoint.save_with_probe(folder, model, recipe.config(dataset.class_names), dataset, normalize)
-        write_json(folder / checkpoint.RESULTS, results)
-    return TrainResult(model.eval(), recipe, folder, [record], results)
-
-
-def training_results(recipe: Recipe, history: list[dict[str, Any]], device: torch.device) -> dict[str, Any]:
-    """What a finished training records: its numbers, what they were measured on, where and when."""
-    results: dict[str, Any] = {
-        "entry": recipe.entry,
-        "data": {"name": recipe.data.name, "part": "test", "subset": recipe.data.subset, "split": recipe.data.split},
-        "seed": recipe.train.seed if recipe.train else None,
-        "train_seconds": sum(record["train_seconds"] for record in history),
-        "wall_seconds": sum(record["wall_seconds"] for record in history),
-        "hardware": hardware(device),
-        "peak_memory_bytes": peak_memory(device),
-        "commit": commit(),
-        "versions": {"pizoo": __version__, "torch": torch.__version__, "python": platform.python_version()},
-        "date": date.today().isoformat(),
-        "history": history,
-    }
-    if processes.count() > 1:
-        results["processes"] = processes.count()
-    if "test_accuracy" in history[-1]:
-        best = max(history, key=lambda record: record["test_accuracy"])
-        results["accuracy"] = history[-1]["test_accuracy"]
-        results["best_epoch"] = {"epoch": best["epoch"], "accuracy": best["test_accuracy"], "note": "test-selected"}
-    return results
-
-
-def check_folder(folder: Path, recipe: Recipe) -> None:
-    """Raise CheckpointError if a folder holds another recipe's training, or a shipped net that training would mix with."""
-    if not (folder / CONFIG).exists():
-        return
-    config = read_config(folder)
-    if "converted" in config:
-        raise CheckpointError(f"{folder} holds a converted net, not a training; choose another folder")
-    found, wanted = decisive(config.get("recipe")), decisive(recipe.to_dict())
-    if found != wanted:
-        raise CheckpointError(
-            f"{folder} holds a training of another recipe ({_difference(found, wanted)}); "
-            "choose another folder, or remove it"
-        )
-    if recipe.train is not None and (folder / checkpoint.MODEL).exists():
-        raise CheckpointError(f"{folder} holds a shipped net, not a training; choose another folder")
-
-
-def _difference(found: Any, wanted: Any, key: str = "") -> str:
-    """The first key in which two recipes differ, with both values."""
-    if isinstance(found, dict) and isinstance(wanted, dict):
-        for name in sorted(set(found) | set(wanted)):
-            if found.get(name) != wanted.get(name):
-                return _difference(found.get(name), wanted.get(name), f"{key}.{name}" if key else name)
-    return f"{key or 'recipe'} is {found!r} there, {wanted!r} here"

@@ -16,7 +16,8 @@ from pizoo.models.adapt import readout_rows, task_losses
 from pizoo.ops.reference import accumulate_dtype
 from pizoo.optim import PiSGD
 from pizoo.recipes import Tasks, Train
-from pizoo.training.engine import Engine, Gradient, unsupported
+from pizoo.training.engine import Engine, unsupported
+from pizoo.training.gradients import Gradient
 
 
 class TaskEngine(Engine):
@@ -76,7 +77,7 @@ class TaskEngine(Engine):
         x, support_y, query_y = self.batch
         task = self.position + torch.arange(size, device=x.device)
         x, support_y, query_y = x[task], support_y[task], query_y[task]
-        features, entered = self._forward(x.flatten(0, 1))
+        features, entered = self.passes.forward(x.flatten(0, 1))
         readout, sizes = self.model.readout, [support_y.shape[1], query_y.shape[1]]
 
         def outer_loss(features: Tensor) -> tuple[Tensor, Tensor]:
@@ -91,7 +92,7 @@ class TaskEngine(Engine):
 
         exact = features.to(accumulate_dtype(features.dtype))
         delta, (loss, told) = torch.func.grad_and_value(outer_loss, has_aux=True)(exact)
-        return loss, told, self._backward(x.flatten(0, 1), delta.to(features.dtype), entered)
+        return loss, told, self.passes.backward(x.flatten(0, 1), delta.to(features.dtype), entered)
 
 
 def unsupported_tasks(model: PiNet, settings: Train, tasks: Tasks, steps: int) -> str | None:

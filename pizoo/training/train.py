@@ -15,9 +15,12 @@ from pizoo.data import Dataset, TaskPool, TransferData
 from pizoo.files import json_sha256, sha256
 from pizoo.memory import choose_device
 from pizoo.recipes import Recipe, RecipeError, load_recipe
+from pizoo.training.folder import check_folder, training_lock
+from pizoo.training.kernel import solve_kernel
 from pizoo.training.meta import MetaTraining, measure_kernel
 from pizoo.training.report import logging_to
-from pizoo.training.supervised import Training, TrainResult, check_folder, solve_kernel
+from pizoo.training.results import TrainResult
+from pizoo.training.supervised import Training
 from pizoo.training.transfer import TransferTraining
 
 COMPARED_ITEMS = 4096  # images, of data sets that would take long to read whole
@@ -89,7 +92,7 @@ def train(
         if processes.count() > 1:
             _check_processes(recipe, dataset, folder)
         own_folder = folder if processes.index() == 0 else None  # one process logs
-        with segments.training_lock(own_folder):
+        with training_lock(own_folder):
             if recipe.train is None:
                 return solve(recipe, dataset, folder, device)
             with logging_to(own_folder):

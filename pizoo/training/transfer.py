@@ -32,7 +32,8 @@ from pizoo.evaluation.transfer import (
 from pizoo.models import PiNet
 from pizoo.recipes import Recipe, Transfer
 from pizoo.rows import growing_layers
-from pizoo.training.supervised import REMEDY, Training, TrainingDiverged, TrainResult
+from pizoo.training.results import TrainResult
+from pizoo.training.supervised import REMEDY, Training, TrainingDiverged
 
 
 class TransferTraining(Training):
