@@ -21,6 +21,7 @@ from pizoo import checkpoint, segments, zoo
 from pizoo.config import NETWORKS, build, read_config
 from pizoo.data import DataNotFoundError
 from pizoo.evaluation.entries import evaluate
+from pizoo.evaluation.reproduction import recorded_mean
 from pizoo.files import CheckpointError, read_json
 from pizoo.layouts import Foreign, knows, understand
 from pizoo.memory import NotEnoughMemory
@@ -105,7 +106,7 @@ def compare(
         measured = evaluate(folder, data_dir=data_dir, device=device)["accuracy"]
     except (DataNotFoundError, NotEnoughMemory) as error:
         reason = str(error)
-    return Comparison(measured, recorded.get("mean_accuracy", recorded.get("accuracy")), published, reason)
+    return Comparison(measured, recorded_mean(recorded), published, reason)
 
 
 def _matched(

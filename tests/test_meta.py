@@ -288,6 +288,7 @@ VARIANTS = {
         "tasks.steps=2",
     ),
     "infinite, layernorm, three shots": ("infpi", "model.layernorm=true", "tasks.shots=3", "tasks.queries=2"),
+    "infinite, nothing grows below the read-out": ("infpi", "model.hidden_layers=1"),
     "finite, projected": ("finpi",),
     "finite, no clipping": ("mu", "train.clip.max_norm=null"),
 }

@@ -80,12 +80,13 @@ class Engine:
         self.growing = [GrowingState(layer) for layer in layers if isinstance(layer, InfPiLinear)]
         trained = [any(param.requires_grad for param in layer.parameters()) for layer in layers]
         self.appending = [state for state, trains in zip(self.growing, trained[1:], strict=False) if trains]
-        dense_weights = [layers[0].A] if self.growing else [layer.weight for layer in layers]
+        self._infinite = isinstance(model, InfPiMLP)  # on tasks, one with a single hidden layer has none that grows
+        dense_weights = [layers[0].A] if self._infinite else [layer.weight for layer in layers]
         self.weights = [weight.data for weight, trains in zip(dense_weights, trained, strict=False) if trains]
         self._on_gpu = device.type == "cuda"
         self._compute = compiled(self._compute_step) if self._on_gpu else self._compute_step
         self._append = append_fused if self._on_gpu else append_reference
-        if self.growing:
+        if self._infinite:
             one_pass = layers[-1].role == "readout" and (not self._on_gpu or self._readout_in_one_pass())
             self.passes = InfinitePasses(model, self.growing, trained, one_pass)
         else:
@@ -262,7 +263,7 @@ class Engine:
             else:
                 pair = (gradient.inputs, gradient.delta)
                 exact = accumulate_dtype(gradient.delta.dtype)
-                steps.append((*(pair if self.growing else reversed(pair)), kept.to(exact), (step * factor).to(exact)))
+                steps.append((*(pair if self._infinite else reversed(pair)), kept.to(exact), (step * factor).to(exact)))
             if bias_factor:
                 group = self.groups["bias"]
                 kept = 1 - lr * group["weight_decay"] * group["weight_decay_mult"]
