@@ -25,6 +25,7 @@ from packaging.version import Version
 
 from pizoo import ops
 from pizoo.functional import unit
+from pizoo.nn import InfPiLinear
 from pizoo.ops import batched, blocked, eight_bit, hopper, jacobian, nvrtc, reference
 from pizoo.rows import converted
 
@@ -136,6 +137,24 @@ def fused_met_again(r: int, r_out: int) -> float:
     return max(errors)
 
 
+def fused_beside_zeros(dtype: torch.dtype) -> float:
+    """Error where rows far smaller than 1 stand beside rows of zeros, of as large a learning rate."""
+    from pizoo.ops import triton
+
+    layer = InfPiLinear(48, 16, bias_alpha=0.0, role="readout")
+    layer.to_rows_dtype(dtype)
+    generator = torch.Generator().manual_seed(0)
+    A, B = (torch.randn(64, n, generator=generator) for n in (16, 48))
+    A *= 1e-6
+    A[::16] = 0
+    layer.set_rows(*(part[:1] for part in (layer.A.data, layer.B.data)), torch.zeros(1))
+    layer.append(A, unit(B)[0], -1.0)
+    layer.to(DEVICE)
+    gbar, delta = unit(torch.randn(8, 48, device=DEVICE))[0], torch.randn(8, 16, device=DEVICE)
+    inputs = (gbar, layer.A.data, layer.B.data, layer.stored_amult, delta, None, layer.bmult)
+    return max(error(call(triton, op, *inputs), op, *inputs) for op in OPS[:2])
+
+
 def fused_is_deterministic(case: Case) -> bool:
     from pizoo.ops import triton
 
@@ -210,6 +229,11 @@ def test_fused_ops_match_the_definition(fused, case):
     assert max(fused(fused_errors, case).values()) <= TOLERANCE[case.dtype]
 
 
+@pytest.mark.parametrize("dtype", [half, byte], ids=str)
+def test_rows_of_zeros_do_not_drown_those_beside_them(fused, dtype):
+    assert fused(fused_beside_zeros, dtype) <= TOLERANCE[dtype]
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not CUDA, reason="needs a CUDA device")
 @pytest.mark.parametrize("r", [1, 7, 100, 200, 400, 401])
@@ -272,7 +296,17 @@ def test_the_jacobian_kernel_finds_rows_aligned_however_they_lie(shape):
             assert torch.equal(A[:, :r_out], wanted_A) and torch.equal(B, wanted_B), name
             assert A.stride(1) == 1 and A.data_ptr() % (4 if dtype == half else 16) == 0, name
             assert M == 1 or (A.stride(0) % 2 == 0 if dtype == half else A.stride(0) == r_out + r_out % 2), name
-            assert hopper.fetchable(B) and (dtype == half or B.is_contiguous()), name
+            assert hopper.fetchable(B) if dtype == half else B.is_contiguous() and B.data_ptr() % 16 == 0, name
+
+
+def test_the_jacobian_kernel_takes_rows_of_8_bits_where_they_lie_without_gaps():
+    """Their number of columns need not be a multiple of 16: a copy of all rows at every step would go unnoticed."""
+    for r in (132, 200, 392, 400):
+        A, B = torch.zeros(64, 10, dtype=byte), torch.zeros(64, r, dtype=byte)
+        assert all(found is rows for found, rows in zip(jacobian.aligned(A, B), (A, B), strict=True)), r
+    for single in (torch.zeros(10, 5, dtype=byte).T[:1], torch.zeros(5, 400, dtype=byte)[:1, :10]):
+        A, _ = jacobian.aligned(single, B[:1])
+        assert dict(jacobian.constants_of(400, 10, A.stride(0), byte, SHARED))["STRIDE_A"] == 10
 
 
 @pytest.mark.gpu

@@ -68,17 +68,17 @@ def partial_sums(
 def aligned(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
     """Rows as the kernel reads them, A two entries at once and B by the copy engine, which also takes 8-bit rows of A, without
     gaps; copied where they lie otherwise."""
-    pairs, eight_bit = A.shape[1] + A.shape[1] % 2, A.dtype == torch.int8
+    pairs, eight_bit = _pairs(A.shape[1]), A.dtype == torch.int8
     near = A.stride(0) == pairs and A.data_ptr() % 16 == 0 if eight_bit else A.stride(0) % 2 == A.data_ptr() % 4 == 0
     if A.stride(1) != 1 or not near:
         A = pad(A, (0, pairs - A.shape[1])).contiguous()  # nothing to pad is a copy too, but one that keeps strides
-    if not hopper.fetchable(B) or (eight_bit and not B.is_contiguous()):
-        B = B.clone(memory_format=torch.contiguous_format)
-    return A, B
+    fetchable = B.is_contiguous() and B.data_ptr() % 16 == 0 if eight_bit else hopper.fetchable(B)
+    return A, B if fetchable else B.clone(memory_format=torch.contiguous_format)
 
 
 def constants_of(r: int, r_out: int, stride: int, dtype: torch.dtype, shared: int) -> nvrtc.Constants:
     """What ``jacobian.cu`` is compiled with."""
+    stride = _pairs(r_out) if dtype == torch.int8 else stride  # of a single row torch keeps whatever stride it had
     constants = {"R": r, "OUTPUTS": r_out, "SAMPLES": SAMPLES, "STRIDE_A": stride}
     constants |= {"STAGES": _stages(r, r_out, dtype, shared), "SHARED": shared}
     constants |= {"EIGHT_BIT": int(dtype == torch.int8), "BFLOAT16": int(dtype == torch.bfloat16)}
@@ -93,7 +93,7 @@ def headers(r_out: int, dtype: torch.dtype) -> tuple[tuple[str, str], ...]:
 def _stages(r: int, r_out: int, dtype: torch.dtype, shared: int) -> int:
     """How many blocks of rows fit shared memory beside all else, as ``jacobian.cu`` checks; 0 if too few for the sums."""
     if dtype == torch.int8:
-        columns = r + r_out + r_out % 2 + 8  # with multipliers; of A as many as aligned leaves
+        columns = r + _pairs(r_out) + 8  # with multipliers
         stage, inputs = 128 * blocks_of(ROWS * columns + UNIT, 128), 64 * SAMPLES * blocks_of(r, 32)
     else:
         stage, inputs = 2 * ROWS * WIDTH * max(2, blocks_of(r, WIDTH)), 2 * SAMPLES * 16 * blocks_of(r, 16)
@@ -103,6 +103,11 @@ def _stages(r: int, r_out: int, dtype: torch.dtype, shared: int) -> int:
     )  # outputs, barriers, what alignment costs
     stages = min(6, (shared - inputs - weights - rest) // stage)
     return stages if stages * stage >= 4 * SAMPLES * r_out * (r + 4) else 0
+
+
+def _pairs(r_out: int) -> int:
+    """Entries of a row of A, which is read two at once."""
+    return r_out + r_out % 2
 
 
 def _columns(r_out: int) -> int:

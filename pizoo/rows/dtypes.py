@@ -45,18 +45,26 @@ def _in_blocks(function: Callable[[Tensor], tuple[Tensor, ...]], rows: Tensor) -
 
 
 def scaled(A: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """A [k, r_out] as rows of ``dtype`` hold it, up to a cast, and what each row was divided by [k], in at least float32.
+    """A [k, r_out] as rows of ``dtype`` hold it, up to a cast, and what it is to be multiplied by [k], in at least float32.
 
-    int8 rows are rounded to nearest, and zero where they were smaller than float32 tells apart. What is not finite leaves a
-    scale that is not.
+    int8 rows are rounded to nearest. Rows smaller than float32's normal numbers become zeros, to be multiplied by 0: kernels
+    follow the largest multipliers, and those of rows that are nothing must not be among them. What is not finite leaves a
+    multiplier that is not.
     """
+    if dtype.itemsize >= 4:
+        return A, A.new_ones(len(A))
     if dtype != torch.int8:
-        scale = row_scale(A) if dtype.itemsize < 4 else A.new_ones(len(A))
-        return A / scale[:, None], scale
+        scale = row_scale(A)
+        return A / _divisor(scale), scale
     A = A.to(torch.promote_types(A.dtype, torch.float32))
     scale = A.abs().amax(1) / LARGEST
-    scale = torch.where(scale < torch.finfo(torch.float32).tiny, 1, scale)
-    return (A / scale[:, None]).round().to(dtype), scale
+    scale = torch.where(scale < torch.finfo(torch.float32).tiny, 0, scale)
+    return (A / _divisor(scale)).round().to(dtype), scale
+
+
+def _divisor(scale: Tensor) -> Tensor:
+    """What rows are divided by to be multiplied by ``scale`` [k]: [k, 1]."""
+    return torch.where(scale == 0, torch.inf, scale)[:, None]
 
 
 def directed(B: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
@@ -73,13 +81,12 @@ def directed(B: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
 def row_scale(A: Tensor) -> Tensor:
     """The power of two per row [k] that brings the largest entry of each row of A [k, r_out] into [1, 2).
 
-    One for rows that are zero, not finite, or below float32's normal numbers: dividing by those overflows where devices flush
-    them to zero.
+    Zero for rows that are zero or below float32's normal numbers: dividing by a power that small overflows where devices
+    flush it to zero. One for rows that are not finite.
     """
     largest = A.abs().amax(1)
-    exponent = torch.frexp(largest).exponent - 1
-    usable = (largest >= torch.finfo(torch.float32).tiny) & largest.isfinite()
-    return torch.ldexp(torch.ones_like(largest), torch.where(usable, exponent, 0))
+    exponent = torch.where(largest.isfinite(), torch.frexp(largest).exponent - 1, 0)
+    return torch.where(largest < torch.finfo(torch.float32).tiny, 0, torch.ldexp(torch.ones_like(largest), exponent))
 
 
 def check_rows_dtype(dtype: torch.dtype) -> None:
