@@ -115,6 +115,21 @@ def test_seeds_are_refused_before_anything_is_trained(recipe, tmp_path):
     assert not (tmp_path / "many").exists()
 
 
+@pytest.mark.parametrize("lost", [(), ("results.json",), ("seed-0", "seed-1")])
+@pytest.mark.parametrize("made", [None, "digits_nngp"])
+def test_a_single_training_does_not_overwrite_what_several_seeds_gave(recipe, tmp_path, lost, made):
+    run_seeds(recipe, [0, 1], tmp_path / "run", device=CPU)
+    for name in lost:  # results come after the first seed, and trainings may have been thrown away
+        path = tmp_path / "run" / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    held = r"a results\.json of something else" if "seed-0" in lost else r"trainings of several seeds \(seed-0, seed-1"
+    with pytest.raises(CheckpointError, match=rf"run holds {held}.*choose another folder"):
+        pizoo.train(recipe if made is None else load_recipe(made), tmp_path / "run", device=CPU)
+    assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    assert len(run_seeds(recipe, [0, 1], tmp_path / "run", device=CPU)["seeds"]) == 2
+
+
 def test_texts_and_numbers_to_compare_with_may_change_between_sessions(recipe, tmp_path):
     pizoo.train(recipe, tmp_path / "run", device=CPU)
     told = load_recipe("digits_infpi", (*TINY, "description=other", "differs=so", "seeds=3"))
