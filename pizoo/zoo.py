@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import logging
+import math
 import os
 from collections.abc import Callable, Mapping
 from fnmatch import fnmatchcase
@@ -229,7 +230,17 @@ def load(
             _attach_shipped(model, found)
     model.config = found
     model.pretrained_cfg = found.get("pretrained_cfg")
+    model.input_size = _input_size(found, model.d_in)
     return model
+
+
+def _input_size(config: Mapping[str, Any], d_in: int) -> tuple[int, ...] | None:
+    """The size [C, H, W] of the images that a net with ``d_in`` inputs takes; None: it takes vectors, or nothing says."""
+    recipe = config.get("recipe")
+    data = recipe.get("data") if isinstance(recipe, dict) else None
+    size = data.get("input_size") if isinstance(data, dict) else None
+    fits = isinstance(size, list) and len(size) == 3 and all(type(n) is int for n in size) and math.prod(size) == d_in
+    return tuple(size) if fits else None
 
 
 def stand_in(entry: str) -> str:
