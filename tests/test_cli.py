@@ -258,6 +258,28 @@ def test_predict_names_the_digit_in_an_image_file(pizoo_command, tmp_path):
     assert [float(line[2]) for line in lines] == pytest.approx(wanted.tolist(), abs=0.01)
 
 
+def test_predict_by_a_kernel_takes_its_training_images_or_says_which_it_needs(pizoo_command, tmp_path):
+    own_run(tmp_path, "nngp, depth: 1, ridge: 0.1", size=(1, 4, 4))
+    assert pizoo_command("train", tmp_path / "mine.yaml", "--out", tmp_path / "run").code == 0
+    left = np.repeat([[255, 255, 0, 0]], 4, 0).astype(np.uint8)
+    for name, pixels in (("left", left), ("right", left[:, ::-1])):
+        Image.fromarray(pixels).save(tmp_path / f"{name}.png")
+    shown = pizoo_command("predict", tmp_path / "run", tmp_path / "left.png", tmp_path / "right.png", "--top", 1)
+    assert shown.code == 0, shown.err
+    images = torch.from_numpy(np.load(tmp_path / "mine.npz")["train_images"])
+    scores = pizoo.load(tmp_path / "run").attach(images)(torch.tensor(np.stack([left, left[:, ::-1]]) / 255))
+    said = re.findall(r"(?:left|right)\.png +(\d) +(\S+)", shown.out)
+    assert [(int(label), float(score)) for label, score in said] == [
+        (int(row.argmax()), pytest.approx(row.max().item(), rel=0.01)) for row in scores
+    ]
+    (tmp_path / "mine.npz").unlink()
+    missing = {tmp_path / "run": "mine.npz is not there", "cifar10_nngp": "Make the file with `pizoo data prepare cifar10`"}
+    for entry, told in missing.items():
+        shown = pizoo_command("predict", entry, tmp_path / "left.png", "--data", tmp_path / "nowhere")
+        assert shown.code == 2 and one_line(shown.err) and told in shown.err
+        assert f"{entry} is a kernel, which predicts from its training images: " in shown.err
+
+
 # verify
 
 
@@ -340,17 +362,18 @@ def test_no_weights_is_not_run(pizoo_command, tmp_path):
     assert reports["digits_mu"]["status"] == "verified"
 
 
-def own_run(tmp_path: Path) -> Path:
-    """A finished training on somebody's own data, in ``run``."""
+def own_run(tmp_path: Path, model: str = "mu, width: 8", size: tuple[int, ...] = (5,)) -> Path:
+    """A recipe on somebody's own data, ``mine.yaml``; returns the folder to train it in, ``run``."""
     rng = np.random.RandomState(0)
     labels = np.arange(20) % 2
-    images = (rng.randn(20, 5) + np.where(labels, 4, -4)[:, None]).astype(np.float32)
+    shape = size[-2:]  # grey images have no channels in the file
+    images = (rng.randn(20, *shape) + np.where(labels, 4, -4).reshape(-1, *[1] * len(shape))).astype(np.float32)
     parts = {"train_images": images, "train_labels": labels, "test_images": images, "test_labels": labels}
     np.savez(tmp_path / "mine.npz", **parts)
     (tmp_path / "mine.yaml").write_text(
-        "entry: mine\ndescription: my own\nmodel: {kind: mu, width: 8}\n"
-        f"data: {{name: mine, path: '{tmp_path / 'mine.npz'}', classes: 2, input_size: [5], scale: 1.0}}\n"
-        "train: {epochs: 3, batch_size: 4, lr: 0.1}\n"
+        f"entry: mine\ndescription: my own\nmodel: {{kind: {model}}}\n"
+        f"data: {{name: mine, path: '{tmp_path / 'mine.npz'}', classes: 2, input_size: {list(size)}, scale: 1.0}}\n"
+        + ("train: {epochs: 3, batch_size: 4, lr: 0.1}\n" if model.startswith("mu") else "")
     )
     return tmp_path / "run"
 
@@ -376,15 +399,8 @@ def test_data_that_cannot_be_read_is_not_run_either(pizoo_command, tmp_path):
 
 
 def test_a_regressor_on_other_images_than_its_own_is_a_mismatch(pizoo_command, tmp_path):
-    own_run(tmp_path)
-    text = (
-        (tmp_path / "mine.yaml")
-        .read_text()
-        .partition("train:")[0]
-        .replace("mu, width: 8", "nngp, depth: 1, ridge: 0.1")
-    )
-    (tmp_path / "kernel.yaml").write_text(text)
-    assert pizoo_command("train", tmp_path / "kernel.yaml", "--out", tmp_path / "kernel").code == 0
+    own_run(tmp_path, "nngp, depth: 1, ridge: 0.1")
+    assert pizoo_command("train", tmp_path / "mine.yaml", "--out", tmp_path / "kernel").code == 0
     assert pizoo_command("verify", tmp_path / "kernel").code == 0
     with np.load(tmp_path / "mine.npz") as arrays:
         changed = {**arrays, "train_images": arrays["train_images"] + 1}

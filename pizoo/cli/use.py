@@ -129,6 +129,7 @@ def kernel(
 def predict(
     entry: Entry,
     images: Annotated[list[Path], typer.Argument(help="Image files.", exists=True)],
+    data: Data = None,
     device: Device = None,
     top: Annotated[int, typer.Option(min=1, help="Classes to show per image.")] = 3,
     rows_on: RowsOn = "auto",
@@ -139,9 +140,10 @@ def predict(
     for image in images:
         if image.is_dir():
             raise ValueError(f"{image} is a folder; name the image files in it: {image}/*.png")
+    found = classify(entry, images, data_dir=data, device=device, top=top, rows_on=rows_on)
     rows = [
         (str(image), *(escape(f"{name} {score:.3g}") for name, score in ranked))
-        for image, ranked in zip(images, classify(entry, images, device=device, top=top, rows_on=rows_on), strict=True)
+        for image, ranked in zip(images, found, strict=True)
     ]
     print_table(("image", *(f"{i + 1}." for i in range(top))), rows, caption=None)
 
