@@ -18,7 +18,7 @@ from PIL import Image
 from rich.console import Console
 
 import pizoo
-from pizoo import functional, zoo
+from pizoo import functional, kernels, zoo
 from pizoo.cli import console
 from pizoo.config import read_config
 from pizoo.data import load_dataset
@@ -273,7 +273,10 @@ def test_predict_by_a_kernel_takes_its_training_images_or_says_which_it_needs(pi
         (int(row.argmax()), pytest.approx(row.max().item(), rel=0.01)) for row in scores
     ]
     (tmp_path / "mine.npz").unlink()
-    missing = {tmp_path / "run": "mine.npz is not there", "cifar10_nngp": "Make the file with `pizoo data prepare cifar10`"}
+    missing = {
+        tmp_path / "run": "mine.npz is not there",
+        "cifar10_nngp": "Make the file with `pizoo data prepare cifar10`",
+    }
     for entry, told in missing.items():
         shown = pizoo_command("predict", entry, tmp_path / "left.png", "--data", tmp_path / "nowhere")
         assert shown.code == 2 and one_line(shown.err) and told in shown.err
@@ -740,6 +743,49 @@ def test_a_regression_without_test_images_is_refused_before_features_are_compute
         refused = pizoo_command(*command, "--ridge", "1")
     assert refused.code == 2 and "'own' has no test part" in refused.err
     assert pizoo_command(*command).code == 0 and (tmp_path / "K.npy").exists()
+
+
+@pytest.mark.parametrize("ridges", [1, 2, 25])
+def test_a_kernel_that_does_not_fit_is_refused_before_features_are_computed(pizoo_command, monkeypatch, ridges):
+    command = ("kernel", "digits_infpi", *(word for k in range(ridges) for word in ("--ridge", 0.1 + k)))
+    features = 12 * 64 * 1797  # in float32 and float64
+    factored, decomposed = (
+        kernels.kernel_bytes(n, n, 8, torch.device("cpu"), copies)
+        for n, copies in ((1348, kernels.FACTORED), (1078, kernels.DECOMPOSED))
+    )
+    needed = features + (decomposed if ridges == 25 else factored)
+    monkeypatch.setattr(kernels, "free_memory", lambda device: needed - 1)
+    with monkeypatch.context() as patch:
+        patch.setattr("pizoo.evaluation.kernel.featured", lambda *args: pytest.fail("computed features"))
+        refused = pizoo_command(*command)
+        assert refused.code == 1 and one_line(refused.err)
+        assert "would fit; or take fewer training images (--subset), or solve iteratively (--iterative)" in refused.err
+    assert pizoo_command(*command, "--subset", 300).code == 0
+    monkeypatch.setattr(kernels, "free_memory", lambda device: needed)
+    assert pizoo_command(*command).code == 0
+    if ridges < 25:
+        monkeypatch.setattr(kernels, "free_memory", lambda device: 0)
+        assert pizoo_command(*command, "--subset", 300, "--iterative").code == 0
+
+
+def test_ridges_are_not_told_apart_by_images_that_the_net_was_trained_on(pizoo_command, tmp_path):
+    digits, told = (
+        load_dataset("digits"),
+        "was trained on these images, the held-out ones too, which do not tell ridges apart",
+    )
+    own = {"train_images": digits.train_x[:, 0].numpy(), "train_labels": digits.train_y.numpy()}
+    np.savez(tmp_path / "own.npz", **own, test_images=digits.test_x[:, 0].numpy(), test_labels=digits.test_y.numpy())
+    small = ("--subset", 100, "--ridge", 1)
+    for data, trained_on in (((), True), (("--on", "digits"), True), (("--on", tmp_path / "own.npz"), False)):
+        two = pizoo_command("kernel", "digits_mu", *small, "--ridge", 0.1, *data)
+        assert two.code == 0 and (f"digits_mu {told}: choose on other data, --on\n" in two.out) == trained_on
+        assert told not in pizoo_command("kernel", "digits_mu", *small, *data).out
+    own_run(tmp_path)
+    pizoo_command("train", tmp_path / "mine.yaml", "--out", tmp_path / "run")
+    for data, trained_on in ((tmp_path / "mine.npz", True), ("mine.npz", True), (tmp_path / "copy.npz", False)):
+        shutil.copy(tmp_path / "mine.npz", tmp_path / "copy.npz")
+        mine = pizoo_command("kernel", tmp_path / "run", "--ridge", 1, "--ridge", 0.1, "--on", data)
+        assert mine.code == 0 and (told in mine.out) == trained_on
 
 
 def test_what_needs_data_says_that_a_net_saved_without_a_recipe_records_none(pizoo_command, tmp_path):

@@ -255,7 +255,9 @@ def test_untrained_nets_need_no_weights(entry):
 
 def test_a_loaded_net_refuses_images_whose_channels_come_last_and_takes_vectors():
     x = torch.rand(4, 3, 32, 32)
-    told = r"x holds items of shape \[32, 32, 3\]; this net takes images \[C, H, W\] of \[3, 32, 32\], .* vectors of 3072"
+    told = (
+        r"x holds items of shape \[32, 32, 3\]; this net takes images \[C, H, W\] of \[3, 32, 32\], .* vectors of 3072"
+    )
     for entry in ("cifar10_infpi", "cifar10_finpi", "cifar10_mu"):
         model = pizoo.load(entry, pretrained=False)
         torch.testing.assert_close(model(x), model(x.flatten(1)))

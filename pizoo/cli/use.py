@@ -102,7 +102,7 @@ def kernel(
     if out_file is not None:
         check_out(out_file)
     options = {"data_dir": data, "device": device, "epoch": epoch, "rows_on": rows_on}
-    found = EntryFeatures(entry, on, subset, tested=bool(ridge), **options)
+    found = EntryFeatures(entry, on, subset, ridges=len(ridge or ()), iterative=iterative, **options)
     if out_file is not None:
         rows, columns = found.save(out_file)
         parts = f"{len(found.features.train_y):,} training images"
@@ -124,6 +124,9 @@ def kernel(
         print_table(columns, [row], least=("features", "regression"))
         for tried, accuracy in zip(ridge, result["validation_accuracies"] or (), strict=False):
             say(f"ridge {tried:g}: {accuracy:.2f} on held-out training images")
+        if found.trained_on and len(ridge) > 1:
+            told = "was trained on these images, the held-out ones too, which do not tell ridges apart: choose on other data"
+            say(f"{entry} {told}, --on")
 
 
 def predict(
