@@ -365,6 +365,22 @@ def test_no_weights_is_not_run(pizoo_command, tmp_path):
     assert reports["digits_mu"]["status"] == "verified"
 
 
+def test_what_several_entries_lack_is_told_once(pizoo_command, tmp_path):
+    without = list(filter(untrained, pizoo.list_entries("imagenet32_*")))
+    assert len(without) > 1
+    for quick in ((), ("--quick",)):
+        shown = pizoo_command("verify", "imagenet32_*", "digits_mu", "--json", tmp_path / "reports.json", *quick)
+        told = [line for line in shown.out.splitlines() if "weights" in line]
+        assert shown.code == 3 and len(told) == 1
+        assert told[0].startswith(f"{', '.join(without)}: no weights of 'ENTRY' exist: ")
+        assert "`pizoo train ENTRY`" in told[0] and "take 'tinyENTRY'" in told[0]
+        reports = json.loads((tmp_path / "reports.json").read_text())
+        assert all(f"no weights of '{report['entry']}' exist" in report["reason"] for report in reports[:-1])
+    shown = pizoo_command("verify", "cifar10_finpi", "cifar10_mu")
+    assert shown.code == 3 and shown.out.count("Make the file with") == 1
+    assert "\ncifar10_finpi, cifar10_mu: cifar10 is not at " in shown.out
+
+
 def own_run(tmp_path: Path, model: str = "mu, width: 8", size: tuple[int, ...] = (5,)) -> Path:
     """A recipe on somebody's own data, ``mine.yaml``; returns the folder to train it in, ``run``."""
     rng = np.random.RandomState(0)
