@@ -69,8 +69,13 @@ def card(entry: str) -> Path:
 
 
 def unknown(entry: str | os.PathLike) -> UnknownEntryError:
-    """The error for what is no entry's name (or pattern) and no folder; it offers the nearest name."""
+    """The error for what is no entry's name (or pattern) and no folder; it offers the nearest name, or what patterns match."""
     name = os.fspath(entry)
+    if "/" not in name and set(name) & set("*?["):
+        families = list(dict.fromkeys(f"{known.partition('_')[0]}_*" for known in list_entries()))
+        near = difflib.get_close_matches(name, families, n=1)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        return UnknownEntryError(f"no entry matches {name!r}; {hint}there are {', '.join(families)}")
     near = difflib.get_close_matches(name, list_entries(), n=1)
     hint = f"did you mean {near[0]!r}?" if near else "`pizoo list`, or pizoo.list_entries(), gives their names"
     if name in _entries_by_timm_name:

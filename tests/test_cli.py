@@ -8,6 +8,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import foreign
@@ -68,7 +69,7 @@ def one_line(text: str) -> bool:
 
 def test_list_shows_every_entry_with_its_number(pizoo_command):
     shown = pizoo_command("list")
-    assert shown.code == 0
+    assert shown.code == 0 and "accuracy" not in shown.out and "shipped net" in shown.out  # not the mean over seeds
     for entry in pizoo.list_entries():
         (line,) = [line for line in shown.out.splitlines() if line.split()[:1] == [entry]]
         if zoo.has_weights(entry):
@@ -586,6 +587,16 @@ def test_a_download_that_fails_says_so_in_one_line(pizoo_command, monkeypatch):
     assert shown.code == 1 and one_line(shown.err) and "no network" in shown.err
 
 
+def test_a_data_set_that_is_there_is_not_said_to_be_written(pizoo_command, monkeypatch, tmp_path):
+    arrays = {"train_images": np.zeros((1, 32, 32, 3), np.uint8)}
+    monkeypatch.setitem(
+        pizoo.data.known._KNOWN, "cifar10", replace(pizoo.data.known._KNOWN["cifar10"], download=lambda scratch: arrays)
+    )
+    for told in (f"wrote {tmp_path / 'cifar10.npz'}\n", f"{tmp_path / 'cifar10.npz'} is there already\n"):
+        assert pizoo_command("data", "prepare", "cifar10", "--data", tmp_path).out == told
+    assert pizoo_command("data", "prepare", "digits").out.endswith("digits.npz is there already\n")
+
+
 @pytest.mark.parametrize("module", ["pizoo", "pizoo.cli"])
 def test_it_runs_as_a_module(module):
     done = subprocess.run([sys.executable, "-m", module, "verify", "nonsense"], capture_output=True, text=True)
@@ -610,6 +621,9 @@ def test_what_is_wrong_is_told_with_what_to_do_instead(pizoo_command, tmp_path):
         ("train", "digits_my.yaml"): "there is no recipe digits_my.yaml; did you mean 'digits_mu'?",
         ("train", "zzz"): "no recipe is called 'zzz'; `pizoo list` shows the entries",
         ("verify", "zzz"): "no entry is called 'zzz'; `pizoo list`, or pizoo.list_entries(), gives their names",
+        ("verify", "cifar11_*"): "no entry matches 'cifar11_*'; did you mean 'cifar10_*'? there are cifar10_*, digits_*, ",
+        ("list", "zzz[0-9]?"): "no entry matches 'zzz[0-9]?'; there are cifar10_*, digits_*, imagenet32_*, omniglot_*, ",
+        ("verify", "runs/*"): "'runs/*' is neither an entry nor a folder",
         ("evaluate", "infpi_mlp_r64.digits"): "timm calls 'digits_infpi' so",
         ("predict", "digits_mu", "runs"): "runs is a folder; name the image files in it: runs/*.png",
         ("kernel", "digits_mu", "--ridge", 1, "--on", own): "has items of size [5]; the net takes [1, 8, 8]",

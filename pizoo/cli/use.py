@@ -13,7 +13,7 @@ from pizoo.cli.options import Data, Device, Entry, Epoch, RowsOn, matching
 
 
 def list_command(pattern: Annotated[str, typer.Argument(help="Glob pattern.")] = "*") -> None:
-    """List the zoo's entries, what they score and whether their weights are here."""
+    """List the zoo's entries, what the net that ships scores and whether their weights are here."""
     from pizoo import checkpoint, zoo
     from pizoo.files import read_json
 
@@ -28,7 +28,8 @@ def list_command(pattern: Annotated[str, typer.Argument(help="Glob pattern.")] =
         weights = held if zoo.has_weights(entry) else "none: train it"
         accuracy = percent(recorded.get("accuracy")) + split
         rows.append((entry, timm_name, accuracy, percent(published and published["accuracy"]), weights))
-    print_table(("entry", "timm name", "accuracy", "published", "weights"), rows, least=("timm name",))
+    columns = ("entry", "timm name", "shipped net", "published", "weights")  # cards have the means over seeds
+    print_table(columns, rows, least=("timm name",))
 
 
 def evaluate(
