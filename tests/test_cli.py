@@ -621,8 +621,14 @@ def test_what_is_wrong_is_told_with_what_to_do_instead(pizoo_command, tmp_path):
         ("train", "digits_my.yaml"): "there is no recipe digits_my.yaml; did you mean 'digits_mu'?",
         ("train", "zzz"): "no recipe is called 'zzz'; `pizoo list` shows the entries",
         ("verify", "zzz"): "no entry is called 'zzz'; `pizoo list`, or pizoo.list_entries(), gives their names",
-        ("verify", "cifar11_*"): "no entry matches 'cifar11_*'; did you mean 'cifar10_*'? there are cifar10_*, digits_*, ",
-        ("list", "zzz[0-9]?"): "no entry matches 'zzz[0-9]?'; there are cifar10_*, digits_*, imagenet32_*, omniglot_*, ",
+        (
+            "verify",
+            "cifar11_*",
+        ): "no entry matches 'cifar11_*'; did you mean 'cifar10_*'? there are cifar10_*, digits_*, ",
+        (
+            "list",
+            "zzz[0-9]?",
+        ): "no entry matches 'zzz[0-9]?'; there are cifar10_*, digits_*, imagenet32_*, omniglot_*, ",
         ("verify", "runs/*"): "'runs/*' is neither an entry nor a folder",
         ("evaluate", "infpi_mlp_r64.digits"): "timm calls 'digits_infpi' so",
         ("predict", "digits_mu", "runs"): "runs is a folder; name the image files in it: runs/*.png",

@@ -14,7 +14,7 @@ import torch
 import pizoo
 from pizoo import functional
 from pizoo.data import load_dataset, split_validation
-from pizoo.evaluation.accuracy import accuracy
+from pizoo.evaluation.accuracy import accuracy, percent
 from pizoo.files import CheckpointError, read_tensors
 from pizoo.recipes import RecipeError, load_recipe
 from pizoo.training import plan, report, supervised
@@ -55,7 +55,7 @@ def test_what_is_no_list_of_seeds_is_refused(text):
 def test_every_seed_is_the_training_of_that_seed_alone(recipe, tmp_path):
     for run in train_seeds(recipe, [3, 1], tmp_path, device=CPU):
         alone = pizoo.train(recipe.with_seed(run.record["seed"]), device=CPU)
-        assert run.record["accuracy"] == alone.results["accuracy"] == 100 * run.correct.double().mean()
+        assert run.record["accuracy"] == alone.results["accuracy"] == percent(run.correct)
         assert run.record["curve"]["test_accuracy"] == [r["test_accuracy"] for r in alone.history]
         assert run.outcome.folder == tmp_path / f"seed-{run.record['seed']}"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["seed-1", "seed-3"]
