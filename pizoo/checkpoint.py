@@ -111,8 +111,8 @@ def probe_logits(model: nn.Module, x: Tensor, train_x: Tensor | None = None) -> 
     return model.scores(x.flatten(1), train_x.to(anchor.device, anchor.dtype).flatten(1))
 
 
-def seed_key(seed: int) -> str:
-    """What a seed's net is called in CORRECT, and the folder of its training among those of other seeds."""
+def seed_key(seed: int | str) -> str:
+    """What a seed's net is called in CORRECT, and the folder of its training among those of other seeds; ``"*"``: of all."""
     return f"seed-{seed}"
 
 

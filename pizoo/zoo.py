@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import logging
+import math
 import os
 from collections.abc import Callable, Mapping
 from fnmatch import fnmatchcase
@@ -68,8 +69,13 @@ def card(entry: str) -> Path:
 
 
 def unknown(entry: str | os.PathLike) -> UnknownEntryError:
-    """The error for what is no entry's name (or pattern) and no folder; it offers the nearest name."""
+    """The error for what is no entry's name (or pattern) and no folder; it offers the nearest name, or what patterns match."""
     name = os.fspath(entry)
+    if "/" not in name and set(name) & set("*?["):
+        families = list(dict.fromkeys(f"{known.partition('_')[0]}_*" for known in list_entries()))
+        near = difflib.get_close_matches(name, families, n=1)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        return UnknownEntryError(f"no entry matches {name!r}; {hint}there are {', '.join(families)}")
     near = difflib.get_close_matches(name, list_entries(), n=1)
     hint = f"did you mean {near[0]!r}?" if near else "`pizoo list`, or pizoo.list_entries(), gives their names"
     if name in _entries_by_timm_name:
@@ -229,7 +235,17 @@ def load(
             _attach_shipped(model, found)
     model.config = found
     model.pretrained_cfg = found.get("pretrained_cfg")
+    model.input_size = _input_size(found, model.d_in)
     return model
+
+
+def _input_size(config: Mapping[str, Any], d_in: int) -> tuple[int, ...] | None:
+    """The size [C, H, W] of the images that a net with ``d_in`` inputs takes; None: it takes vectors, or nothing says."""
+    recipe = config.get("recipe")
+    data = recipe.get("data") if isinstance(recipe, dict) else None
+    size = data.get("input_size") if isinstance(data, dict) else None
+    fits = isinstance(size, list) and len(size) == 3 and all(type(n) is int for n in size) and math.prod(size) == d_in
+    return tuple(size) if fits else None
 
 
 def stand_in(entry: str) -> str:

@@ -183,7 +183,7 @@ def test_first_test_images_are_compared_with_what_is_recorded_of_them(row):
         right = read_tensors(row / entry / "correct.safetensors")["shipped"]
         report = pizoo.verify(row / entry, device="cpu", images=50)
         assert (report.status, report.check, report.differing) == ("verified", "first 50 test images", 0)
-        assert report.recorded == report.measured == 100 * right[:50].double().mean()
+        assert report.recorded == report.measured == percent(right[:50])
     with pytest.raises(ValueError, match="images is 0; it must be at least 1"):
         pizoo.verify(row / "a_net", images=0)
 

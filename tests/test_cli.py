@@ -8,6 +8,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import foreign
@@ -18,7 +19,7 @@ from PIL import Image
 from rich.console import Console
 
 import pizoo
-from pizoo import functional, zoo
+from pizoo import functional, kernels, zoo
 from pizoo.cli import console
 from pizoo.config import read_config
 from pizoo.data import load_dataset
@@ -68,7 +69,7 @@ def one_line(text: str) -> bool:
 
 def test_list_shows_every_entry_with_its_number(pizoo_command):
     shown = pizoo_command("list")
-    assert shown.code == 0
+    assert shown.code == 0 and "accuracy" not in shown.out and "shipped net" in shown.out  # not the mean over seeds
     for entry in pizoo.list_entries():
         (line,) = [line for line in shown.out.splitlines() if line.split()[:1] == [entry]]
         if zoo.has_weights(entry):
@@ -258,6 +259,31 @@ def test_predict_names_the_digit_in_an_image_file(pizoo_command, tmp_path):
     assert [float(line[2]) for line in lines] == pytest.approx(wanted.tolist(), abs=0.01)
 
 
+def test_predict_by_a_kernel_takes_its_training_images_or_says_which_it_needs(pizoo_command, tmp_path):
+    own_run(tmp_path, "nngp, depth: 1, ridge: 0.1", size=(1, 4, 4))
+    assert pizoo_command("train", tmp_path / "mine.yaml", "--out", tmp_path / "run").code == 0
+    left = np.repeat([[255, 255, 0, 0]], 4, 0).astype(np.uint8)
+    for name, pixels in (("left", left), ("right", left[:, ::-1])):
+        Image.fromarray(pixels).save(tmp_path / f"{name}.png")
+    shown = pizoo_command("predict", tmp_path / "run", tmp_path / "left.png", tmp_path / "right.png", "--top", 1)
+    assert shown.code == 0, shown.err
+    images = torch.from_numpy(np.load(tmp_path / "mine.npz")["train_images"])
+    scores = pizoo.load(tmp_path / "run").attach(images)(torch.tensor(np.stack([left, left[:, ::-1]]) / 255))
+    said = re.findall(r"(?:left|right)\.png +(\d) +(\S+)", shown.out)
+    assert [(int(label), float(score)) for label, score in said] == [
+        (int(row.argmax()), pytest.approx(row.max().item(), rel=0.01)) for row in scores
+    ]
+    (tmp_path / "mine.npz").unlink()
+    missing = {
+        tmp_path / "run": "mine.npz is not there",
+        "cifar10_nngp": "Make the file with `pizoo data prepare cifar10`",
+    }
+    for entry, told in missing.items():
+        shown = pizoo_command("predict", entry, tmp_path / "left.png", "--data", tmp_path / "nowhere")
+        assert shown.code == 2 and one_line(shown.err) and told in shown.err
+        assert f"{entry} is a kernel, which predicts from its training images: " in shown.err
+
+
 # verify
 
 
@@ -340,17 +366,34 @@ def test_no_weights_is_not_run(pizoo_command, tmp_path):
     assert reports["digits_mu"]["status"] == "verified"
 
 
-def own_run(tmp_path: Path) -> Path:
-    """A finished training on somebody's own data, in ``run``."""
+def test_what_several_entries_lack_is_told_once(pizoo_command, tmp_path):
+    without = list(filter(untrained, pizoo.list_entries("imagenet32_*")))
+    assert len(without) > 1
+    for quick in ((), ("--quick",)):
+        shown = pizoo_command("verify", "imagenet32_*", "digits_mu", "--json", tmp_path / "reports.json", *quick)
+        told = [line for line in shown.out.splitlines() if "weights" in line]
+        assert shown.code == 3 and len(told) == 1
+        assert told[0].startswith(f"{', '.join(without)}: no weights of 'ENTRY' exist: ")
+        assert "`pizoo train ENTRY`" in told[0] and "take 'tinyENTRY'" in told[0]
+        reports = json.loads((tmp_path / "reports.json").read_text())
+        assert all(f"no weights of '{report['entry']}' exist" in report["reason"] for report in reports[:-1])
+    shown = pizoo_command("verify", "cifar10_finpi", "cifar10_mu")
+    assert shown.code == 3 and shown.out.count("Make the file with") == 1
+    assert "\ncifar10_finpi, cifar10_mu: cifar10 is not at " in shown.out
+
+
+def own_run(tmp_path: Path, model: str = "mu, width: 8", size: tuple[int, ...] = (5,)) -> Path:
+    """A recipe on somebody's own data, ``mine.yaml``; returns the folder to train it in, ``run``."""
     rng = np.random.RandomState(0)
     labels = np.arange(20) % 2
-    images = (rng.randn(20, 5) + np.where(labels, 4, -4)[:, None]).astype(np.float32)
+    shape = size[-2:]  # grey images have no channels in the file
+    images = (rng.randn(20, *shape) + np.where(labels, 4, -4).reshape(-1, *[1] * len(shape))).astype(np.float32)
     parts = {"train_images": images, "train_labels": labels, "test_images": images, "test_labels": labels}
     np.savez(tmp_path / "mine.npz", **parts)
     (tmp_path / "mine.yaml").write_text(
-        "entry: mine\ndescription: my own\nmodel: {kind: mu, width: 8}\n"
-        f"data: {{name: mine, path: '{tmp_path / 'mine.npz'}', classes: 2, input_size: [5], scale: 1.0}}\n"
-        "train: {epochs: 3, batch_size: 4, lr: 0.1}\n"
+        f"entry: mine\ndescription: my own\nmodel: {{kind: {model}}}\n"
+        f"data: {{name: mine, path: '{tmp_path / 'mine.npz'}', classes: 2, input_size: {list(size)}, scale: 1.0}}\n"
+        + ("train: {epochs: 3, batch_size: 4, lr: 0.1}\n" if model.startswith("mu") else "")
     )
     return tmp_path / "run"
 
@@ -376,15 +419,8 @@ def test_data_that_cannot_be_read_is_not_run_either(pizoo_command, tmp_path):
 
 
 def test_a_regressor_on_other_images_than_its_own_is_a_mismatch(pizoo_command, tmp_path):
-    own_run(tmp_path)
-    text = (
-        (tmp_path / "mine.yaml")
-        .read_text()
-        .partition("train:")[0]
-        .replace("mu, width: 8", "nngp, depth: 1, ridge: 0.1")
-    )
-    (tmp_path / "kernel.yaml").write_text(text)
-    assert pizoo_command("train", tmp_path / "kernel.yaml", "--out", tmp_path / "kernel").code == 0
+    own_run(tmp_path, "nngp, depth: 1, ridge: 0.1")
+    assert pizoo_command("train", tmp_path / "mine.yaml", "--out", tmp_path / "kernel").code == 0
     assert pizoo_command("verify", tmp_path / "kernel").code == 0
     with np.load(tmp_path / "mine.npz") as arrays:
         changed = {**arrays, "train_images": arrays["train_images"] + 1}
@@ -551,6 +587,16 @@ def test_a_download_that_fails_says_so_in_one_line(pizoo_command, monkeypatch):
     assert shown.code == 1 and one_line(shown.err) and "no network" in shown.err
 
 
+def test_a_data_set_that_is_there_is_not_said_to_be_written(pizoo_command, monkeypatch, tmp_path):
+    arrays = {"train_images": np.zeros((1, 32, 32, 3), np.uint8)}
+    monkeypatch.setitem(
+        pizoo.data.known._KNOWN, "cifar10", replace(pizoo.data.known._KNOWN["cifar10"], download=lambda scratch: arrays)
+    )
+    for told in (f"wrote {tmp_path / 'cifar10.npz'}\n", f"{tmp_path / 'cifar10.npz'} is there already\n"):
+        assert pizoo_command("data", "prepare", "cifar10", "--data", tmp_path).out == told
+    assert pizoo_command("data", "prepare", "digits").out.endswith("digits.npz is there already\n")
+
+
 @pytest.mark.parametrize("module", ["pizoo", "pizoo.cli"])
 def test_it_runs_as_a_module(module):
     done = subprocess.run([sys.executable, "-m", module, "verify", "nonsense"], capture_output=True, text=True)
@@ -575,6 +621,15 @@ def test_what_is_wrong_is_told_with_what_to_do_instead(pizoo_command, tmp_path):
         ("train", "digits_my.yaml"): "there is no recipe digits_my.yaml; did you mean 'digits_mu'?",
         ("train", "zzz"): "no recipe is called 'zzz'; `pizoo list` shows the entries",
         ("verify", "zzz"): "no entry is called 'zzz'; `pizoo list`, or pizoo.list_entries(), gives their names",
+        (
+            "verify",
+            "cifar11_*",
+        ): "no entry matches 'cifar11_*'; did you mean 'cifar10_*'? there are cifar10_*, digits_*, ",
+        (
+            "list",
+            "zzz[0-9]?",
+        ): "no entry matches 'zzz[0-9]?'; there are cifar10_*, digits_*, imagenet32_*, omniglot_*, ",
+        ("verify", "runs/*"): "'runs/*' is neither an entry nor a folder",
         ("evaluate", "infpi_mlp_r64.digits"): "timm calls 'digits_infpi' so",
         ("predict", "digits_mu", "runs"): "runs is a folder; name the image files in it: runs/*.png",
         ("kernel", "digits_mu", "--ridge", 1, "--on", own): "has items of size [5]; the net takes [1, 8, 8]",
@@ -724,6 +779,49 @@ def test_a_regression_without_test_images_is_refused_before_features_are_compute
         refused = pizoo_command(*command, "--ridge", "1")
     assert refused.code == 2 and "'own' has no test part" in refused.err
     assert pizoo_command(*command).code == 0 and (tmp_path / "K.npy").exists()
+
+
+@pytest.mark.parametrize("ridges", [1, 2, 25])
+def test_a_kernel_that_does_not_fit_is_refused_before_features_are_computed(pizoo_command, monkeypatch, ridges):
+    command = ("kernel", "digits_infpi", *(word for k in range(ridges) for word in ("--ridge", 0.1 + k)))
+    features = 12 * 64 * 1797  # in float32 and float64
+    factored, decomposed = (
+        kernels.kernel_bytes(n, n, 8, torch.device("cpu"), copies)
+        for n, copies in ((1348, kernels.FACTORED), (1078, kernels.DECOMPOSED))
+    )
+    needed = features + (decomposed if ridges == 25 else factored)
+    monkeypatch.setattr(kernels, "free_memory", lambda device: needed - 1)
+    with monkeypatch.context() as patch:
+        patch.setattr("pizoo.evaluation.kernel.featured", lambda *args: pytest.fail("computed features"))
+        refused = pizoo_command(*command)
+        assert refused.code == 1 and one_line(refused.err)
+        assert "would fit; or take fewer training images (--subset), or solve iteratively (--iterative)" in refused.err
+    assert pizoo_command(*command, "--subset", 300).code == 0
+    monkeypatch.setattr(kernels, "free_memory", lambda device: needed)
+    assert pizoo_command(*command).code == 0
+    if ridges < 25:
+        monkeypatch.setattr(kernels, "free_memory", lambda device: 0)
+        assert pizoo_command(*command, "--subset", 300, "--iterative").code == 0
+
+
+def test_ridges_are_not_told_apart_by_images_that_the_net_was_trained_on(pizoo_command, tmp_path):
+    digits, told = (
+        load_dataset("digits"),
+        "was trained on these images, the held-out ones too, which do not tell ridges apart",
+    )
+    own = {"train_images": digits.train_x[:, 0].numpy(), "train_labels": digits.train_y.numpy()}
+    np.savez(tmp_path / "own.npz", **own, test_images=digits.test_x[:, 0].numpy(), test_labels=digits.test_y.numpy())
+    small = ("--subset", 100, "--ridge", 1)
+    for data, trained_on in (((), True), (("--on", "digits"), True), (("--on", tmp_path / "own.npz"), False)):
+        two = pizoo_command("kernel", "digits_mu", *small, "--ridge", 0.1, *data)
+        assert two.code == 0 and (f"digits_mu {told}: choose on other data, --on\n" in two.out) == trained_on
+        assert told not in pizoo_command("kernel", "digits_mu", *small, *data).out
+    own_run(tmp_path)
+    pizoo_command("train", tmp_path / "mine.yaml", "--out", tmp_path / "run")
+    for data, trained_on in ((tmp_path / "mine.npz", True), ("mine.npz", True), (tmp_path / "copy.npz", False)):
+        shutil.copy(tmp_path / "mine.npz", tmp_path / "copy.npz")
+        mine = pizoo_command("kernel", tmp_path / "run", "--ridge", 1, "--ridge", 0.1, "--on", data)
+        assert mine.code == 0 and (told in mine.out) == trained_on
 
 
 def test_what_needs_data_says_that_a_net_saved_without_a_recipe_records_none(pizoo_command, tmp_path):

@@ -19,7 +19,7 @@ from pizoo import cards
 from pizoo.compaction.fit import relative_error
 from pizoo.data import TaskPool, frozen_uniform, load_dataset, load_tasks, omniglot
 from pizoo.evaluation import fewshot
-from pizoo.evaluation.accuracy import paired_difference
+from pizoo.evaluation.accuracy import paired_difference, percent
 from pizoo.evaluation.entries import classify
 from pizoo.evaluation.fewshot import SPLITS, adapter, measure_splits, split_correct, task_correct
 from pizoo.files import CheckpointError, read_tensors, write_tensors
@@ -630,7 +630,7 @@ def test_an_entry_is_reproduced_evaluated_and_verified(kind, data_dir, tmp_path,
     assert report.check == f"50 tasks of {results['split']}" and report.half_width >= 0
     assert report.measured == report.recorded == results["verification"]["accuracy"] and report.differing == 0
     found = read_tensors(card / "correct.safetensors", results["correct_sha256"])
-    assert all(100 * found[f"seed-{run['seed']}"].double().mean() == run["accuracy"] for run in results["seeds"])
+    assert all(percent(found[f"seed-{run['seed']}"]) == run["accuracy"] for run in results["seeds"])
     assert torch.equal(found["shipped"], found["seed-0"]) and found["shipped"].shape == (60, 5)
     some = pizoo.verify(card, data_dir, "cpu", images=10)
     assert some.status == "not run" and "measured on tasks, not on test images" in some.reason

@@ -526,6 +526,18 @@ def test_an_unknown_entry_offers_the_nearest(write):
         load_recipe(write("extends: [1]"))
 
 
+@pytest.mark.parametrize("key", ["extend", "exends", "Extends"])
+def test_extends_misspelt_is_all_that_is_complained_of(write, key):
+    path = write(f"{key}: digits_infpi\nentry: mine\ntrain: {{epochs: 3}}")
+    with pytest.raises(RecipeError) as error:
+        load_recipe(path)
+    assert str(error.value) == f"{path.resolve()}: {key}: unknown key; did you mean 'extends'?"
+    # Beside the right one it is a key like any other, and so is what is nearer to another.
+    for text, near in ((f"extends: digits_infpi\n{key}: a", "allowed: "), (f"{MINIMAL}\nseed: 3", "'seeds'")):
+        with pytest.raises(RecipeError, match=rf"unknown key; .*{near}"):
+            load_recipe(write(text))
+
+
 @pytest.mark.parametrize("path", ["nowhere/mine.yaml", "nowhere.yml", "nowhere/mine"])
 def test_a_file_that_is_not_there_is_named(tmp_path, path):
     with pytest.raises(FileNotFoundError, match=path):

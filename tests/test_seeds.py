@@ -14,7 +14,7 @@ import torch
 import pizoo
 from pizoo import functional
 from pizoo.data import load_dataset, split_validation
-from pizoo.evaluation.accuracy import accuracy
+from pizoo.evaluation.accuracy import accuracy, percent
 from pizoo.files import CheckpointError, read_tensors
 from pizoo.recipes import RecipeError, load_recipe
 from pizoo.training import plan, report, supervised
@@ -55,7 +55,7 @@ def test_what_is_no_list_of_seeds_is_refused(text):
 def test_every_seed_is_the_training_of_that_seed_alone(recipe, tmp_path):
     for run in train_seeds(recipe, [3, 1], tmp_path, device=CPU):
         alone = pizoo.train(recipe.with_seed(run.record["seed"]), device=CPU)
-        assert run.record["accuracy"] == alone.results["accuracy"] == 100 * run.correct.double().mean()
+        assert run.record["accuracy"] == alone.results["accuracy"] == percent(run.correct)
         assert run.record["curve"]["test_accuracy"] == [r["test_accuracy"] for r in alone.history]
         assert run.outcome.folder == tmp_path / f"seed-{run.record['seed']}"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["seed-1", "seed-3"]
@@ -113,6 +113,21 @@ def test_seeds_are_refused_before_anything_is_trained(recipe, tmp_path):
     with pytest.raises(ValueError, match="cifar10_nngp is a kernel, which is not trained: every seed gives the same"):
         run_seeds(load_recipe("cifar10_nngp"), [0, 1], tmp_path / "many", device=CPU)
     assert not (tmp_path / "many").exists()
+
+
+@pytest.mark.parametrize("lost", [(), ("results.json",), ("seed-0", "seed-1")])
+@pytest.mark.parametrize("made", [None, "digits_nngp"])
+def test_a_single_training_does_not_overwrite_what_several_seeds_gave(recipe, tmp_path, lost, made):
+    run_seeds(recipe, [0, 1], tmp_path / "run", device=CPU)
+    for name in lost:  # results come after the first seed, and trainings may have been thrown away
+        path = tmp_path / "run" / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    held = r"a results\.json of something else" if "seed-0" in lost else r"trainings of several seeds \(seed-0, seed-1"
+    with pytest.raises(CheckpointError, match=rf"run holds {held}.*choose another folder"):
+        pizoo.train(recipe if made is None else load_recipe(made), tmp_path / "run", device=CPU)
+    assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    assert len(run_seeds(recipe, [0, 1], tmp_path / "run", device=CPU)["seeds"]) == 2
 
 
 def test_texts_and_numbers_to_compare_with_may_change_between_sessions(recipe, tmp_path):

@@ -6,6 +6,7 @@ import json
 import logging
 import math
 import shutil
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ from torch import nn
 import pizoo
 from pizoo import checkpoint, segments, zoo
 from pizoo.data import Dataset, Normalize, epoch_order, load_dataset
-from pizoo.evaluation.accuracy import accuracy, predict
+from pizoo.evaluation.accuracy import accuracy, percent, predict
 from pizoo.evaluation.entries import classify
 from pizoo.files import CheckpointError
 from pizoo.recipes import Recipe, RecipeError, load_recipe
@@ -317,6 +318,13 @@ def test_all_five_kinds_learn_the_digits(kind):
     if kind in SMALL:
         losses = [record["train_loss"] for record in result.history]
         assert losses == sorted(losses, reverse=True) and losses[-1] < 0.5 * losses[0]
+
+
+@pytest.mark.parametrize("count", [10_000, 449])
+def test_an_accuracy_has_no_digits_but_its_own(count):
+    assert str(percent(torch.arange(10_000) < 5760)) == "57.6"
+    for right in range(count + 1):
+        assert percent(torch.arange(count) < right) == float(Fraction(100 * right, count))
 
 
 def test_results_say_what_was_measured_and_call_the_best_epoch_test_selected(whole):

@@ -280,7 +280,10 @@ def test_without_a_gpu_verify_measures_the_smaller_problem_that_is_recorded(card
     report = pizoo.verify(card, device="cpu")
     results = json.loads((card / "results.json").read_text())
     assert report.status == "verified" and report.differing == 0
-    assert report.check == "100 test images, 300 training images"
+    whole = results["transfer"]
+    assert (
+        report.check == f"100 of {whole['test_images']} test images, 300 of {whole['training_images']} training images"
+    )
     assert report.measured == report.recorded == results["verification"]["accuracy"] != results["accuracy"]
     assert pizoo.verify(card, device="cpu", quick=True).status == "verified"
     assert pizoo.verify(card, device="cpu", images=10).status == "not run"
@@ -290,6 +293,26 @@ def test_without_a_gpu_verify_measures_the_smaller_problem_that_is_recorded(card
     assert found["accuracy"] == pytest.approx(
         results["verification"]["accuracy"], abs=1.01
     )  # float32: an image at most
+
+
+def test_a_number_measured_on_a_part_is_shown_as_that_beside_the_mean(card, tmp_path, pizoo_command):
+    other = shutil.copytree(card, tmp_path / "other")
+    results = json.loads((card / "results.json").read_text())
+    part, whole = results["verification"], results["transfer"]
+    shown = pizoo_command("verify", card, other, "--device", "cpu")
+    assert shown.code == 0 and shown.out.count(f"{part['accuracy']:.2f} (part)") == 4
+    assert f"{results['mean_accuracy']:.2f} ±" in shown.out and f"{whole['accuracy']:.2f} (part)" not in shown.out
+    told = (
+        f"{card}, {other}: recorded and measured are ridge regression on a part, 100 of {whole['test_images']} test images, "
+        f"300 of {whole['training_images']} training images; mean and published are on all of them"
+    )
+    assert told in shown.out.splitlines()
+    assert "part" not in pizoo_command("verify", other, "--quick").out
+    del results["verification"], results["correct_sha256"]
+    results["transfer"] |= part  # so many there are, then
+    (other / "results.json").write_text(json.dumps(results | {"verification": part}))
+    shown = pizoo_command("verify", other, "--device", "cpu")
+    assert "ridge regression on 100 test images, 300 training images\n" in shown.out and "part" not in shown.out
 
 
 def test_few_training_images_with_many_test_images_are_compared_with_the_smaller_problem_too(
@@ -309,7 +332,7 @@ def test_few_training_images_with_many_test_images_are_compared_with_the_smaller
     write_json(path, results)
     report = pizoo.verify(tmp_path / "card", device="cpu")
     assert (report.status, report.differing) == ("verified", 0), report.reason
-    assert report.check.startswith("100 test images") and report.measured == percent(of_small)
+    assert report.check.startswith("100 of 221 test images") and report.measured == percent(of_small)
 
 
 def test_the_ridge_that_training_chose_is_found_on_the_hub_too(card, scene):

@@ -253,6 +253,40 @@ def test_untrained_nets_need_no_weights(entry):
         assert describe(model)["hparams"] == hparams
 
 
+def test_a_loaded_net_refuses_images_whose_channels_come_last_and_takes_vectors():
+    x = torch.rand(4, 3, 32, 32)
+    told = (
+        r"x holds items of shape \[32, 32, 3\]; this net takes images \[C, H, W\] of \[3, 32, 32\], .* vectors of 3072"
+    )
+    for entry in ("cifar10_infpi", "cifar10_finpi", "cifar10_mu"):
+        model = pizoo.load(entry, pretrained=False)
+        torch.testing.assert_close(model(x), model(x.flatten(1)))
+        for call in (model, model.features, copy.deepcopy(model)):
+            with pytest.raises(ValueError, match=told):
+                call(x.permute(0, 2, 3, 1))
+        with pytest.raises(ValueError, match=r"support_x holds items of shape \[32, 32, 3\]; this net takes"):
+            model.adapt(x.permute(0, 2, 3, 1), torch.arange(4), 0.1)
+        by_hand = type(model)(**model.hparams)
+        by_hand.load_state_dict(model.state_dict())
+        torch.testing.assert_close(by_hand(x.view(4, 32, 32, 3)), model(x))
+    kernel = pizoo.load("cifar10_ntk", pretrained=False)
+    with pytest.raises(ValueError, match=told):
+        kernel.attach(x.permute(0, 2, 3, 1))
+    grey = pizoo.load("digits_mu")  # one channel is first and last
+    x = torch.rand(4, 1, 8, 8)
+    for same in (x.flatten(1), x[:, 0], x.permute(0, 2, 3, 1)):
+        assert torch.equal(grey(same), grey(x))
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="compiling for a CPU needs a C++ compiler")
+def test_a_loaded_net_compiles_whole_and_refuses_the_same_images():
+    model = pizoo.load("cifar10_mu", pretrained=False)
+    compiled, x = torch.compile(model, fullgraph=True), torch.rand(4, 3, 32, 32)
+    torch.testing.assert_close(compiled(x), model(x))
+    with pytest.raises(ValueError, match="this net takes images"):
+        model(x.permute(0, 2, 3, 1))
+
+
 def test_dtype_and_device_reach_the_net():
     for entry in NETS:
         model = pizoo.load(entry, device=torch.device("cpu"), dtype=torch.float64)

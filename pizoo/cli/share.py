@@ -92,10 +92,12 @@ def convert(
 def data_prepare(
     name: Annotated[str, typer.Argument(help="cifar10, omniglot or tinyimagenet32")], data: Data = None
 ) -> None:
-    """Download a data set and write it into the data folder."""
-    from pizoo.data import prepare
+    """Download a data set and write it into the data folder, unless it is there."""
+    from pizoo.data import dataset_path, prepare
 
-    say(f"wrote {prepare(name, data)}")
+    there = dataset_path(name, data).exists()
+    path = prepare(name, data)
+    say(f"{path} is there already" if there else f"wrote {path}")
 
 
 def _check_in_clone(cards: Path, readme: Path | None = None) -> None:

@@ -13,7 +13,7 @@ from pizoo.cli.options import Data, Device, Entry, Epoch, RowsOn, matching
 
 
 def list_command(pattern: Annotated[str, typer.Argument(help="Glob pattern.")] = "*") -> None:
-    """List the zoo's entries, what they score and whether their weights are here."""
+    """List the zoo's entries, what the net that ships scores and whether their weights are here."""
     from pizoo import checkpoint, zoo
     from pizoo.files import read_json
 
@@ -28,7 +28,8 @@ def list_command(pattern: Annotated[str, typer.Argument(help="Glob pattern.")] =
         weights = held if zoo.has_weights(entry) else "none: train it"
         accuracy = percent(recorded.get("accuracy")) + split
         rows.append((entry, timm_name, accuracy, percent(published and published["accuracy"]), weights))
-    print_table(("entry", "timm name", "accuracy", "published", "weights"), rows, least=("timm name",))
+    columns = ("entry", "timm name", "shipped net", "published", "weights")  # cards have the means over seeds
+    print_table(columns, rows, least=("timm name",))
 
 
 def evaluate(
@@ -102,7 +103,7 @@ def kernel(
     if out_file is not None:
         check_out(out_file)
     options = {"data_dir": data, "device": device, "epoch": epoch, "rows_on": rows_on}
-    found = EntryFeatures(entry, on, subset, tested=bool(ridge), **options)
+    found = EntryFeatures(entry, on, subset, ridges=len(ridge or ()), iterative=iterative, **options)
     if out_file is not None:
         rows, columns = found.save(out_file)
         parts = f"{len(found.features.train_y):,} training images"
@@ -124,11 +125,15 @@ def kernel(
         print_table(columns, [row], least=("features", "regression"))
         for tried, accuracy in zip(ridge, result["validation_accuracies"] or (), strict=False):
             say(f"ridge {tried:g}: {accuracy:.2f} on held-out training images")
+        if found.trained_on and len(ridge) > 1:
+            told = "was trained on these images, the held-out ones too, which do not tell ridges apart: choose on other data"
+            say(f"{entry} {told}, --on")
 
 
 def predict(
     entry: Entry,
     images: Annotated[list[Path], typer.Argument(help="Image files.", exists=True)],
+    data: Data = None,
     device: Device = None,
     top: Annotated[int, typer.Option(min=1, help="Classes to show per image.")] = 3,
     rows_on: RowsOn = "auto",
@@ -139,9 +144,10 @@ def predict(
     for image in images:
         if image.is_dir():
             raise ValueError(f"{image} is a folder; name the image files in it: {image}/*.png")
+    found = classify(entry, images, data_dir=data, device=device, top=top, rows_on=rows_on)
     rows = [
         (str(image), *(escape(f"{name} {score:.3g}") for name, score in ranked))
-        for image, ranked in zip(images, classify(entry, images, device=device, top=top, rows_on=rows_on), strict=True)
+        for image, ranked in zip(images, found, strict=True)
     ]
     print_table(("image", *(f"{i + 1}." for i in range(top))), rows, caption=None)
 

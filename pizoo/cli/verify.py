@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -64,11 +65,37 @@ def _print(reports: dict[str, VerifyReport]) -> None:
         if report.half_width is not None:
             told = f"measured on {report.check}, ± the 95 % interval; mean over seeds of all recorded tasks"
             say(f"{report.entry}: {told}")
-        elif "training images" in report.check:
-            told = f"ridge regression on {report.check}; mean over seeds of the whole problem"
-            say(f"{report.entry}: {told}")
-        if report.reason:
-            say(f"{report.entry}: {report.reason}")
+    for told, entries in _alike({report.entry: _part(report) for report in reports.values()}):
+        say(f"{entries}: {told}")
+    for reason, entries in _alike({report.entry: report.reason for report in reports.values()}):
+        say(f"{entries}: {reason}")
+
+
+def _part(report: VerifyReport) -> str:
+    """Of what problem the numbers of transfer are; empty for other entries, and where nothing was measured."""
+    if report.measured is None or "training images" not in report.check:
+        return ""
+    if not _on_a_part(report):
+        return f"ridge regression on {report.check}"
+    return (
+        f"recorded and measured are ridge regression on a part, {report.check}; mean and published are on all of them"
+    )
+
+
+def _on_a_part(report: VerifyReport) -> bool:
+    return report.check.endswith("training images") and " of " in report.check
+
+
+def _alike(told: dict[str, str]) -> Iterator[tuple[str, str]]:
+    """What is told of entries, once for all of whom the same is told but for their name, and their names; not what is empty."""
+    from pizoo.zoo import list_entries
+
+    names, entries = list_entries(), dict[str, list[str]]()
+    for entry, text in told.items():
+        entries.setdefault(text.replace(entry, "ENTRY") if entry in names else text, []).append(entry)
+    for text, alike in entries.items():
+        if text:
+            yield (text if len(alike) > 1 else told[alike[0]]), ", ".join(alike)
 
 
 def _cells(report: VerifyReport) -> tuple[str, ...]:
@@ -76,10 +103,11 @@ def _cells(report: VerifyReport) -> tuple[str, ...]:
     from pizoo.evaluation.reproduction import verdict
 
     marked = {"verified": "[green]verified[/]", "mismatch": "[red]mismatch[/]"}
-    probe, measured = report.check == "probe", percent(report.measured, report.half_width)
+    probe, part = report.check == "probe", " (part)" if report.measured is not None and _on_a_part(report) else ""
+    measured = percent(report.measured, report.half_width) + part
     return (
         marked.get(report.status, "[yellow]not run[/]"),
-        "probe" if probe else percent(report.recorded),
+        "probe" if probe else percent(report.recorded) + part,
         f"off {report.measured:.0e}" if probe and report.measured is not None else measured,
         percent(report.mean, report.standard_error),
         percent(report.published),

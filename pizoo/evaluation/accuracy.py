@@ -68,8 +68,8 @@ def correct(logits: Tensor, y: Tensor) -> Tensor:
 
 
 def percent(right: Tensor) -> float:
-    """Percent of entries of a bool tensor that are true."""
-    return 100 * right.double().mean().item()
+    """Percent of entries of a bool tensor that are true, as near to it as a float is: 57.6 of 5,760 in 10,000."""
+    return 100 * int(right.sum()) / right.numel()
 
 
 def within(points: float, a: float, b: float) -> bool:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from pizoo import checkpoint, processes, zoo
-from pizoo.data import Dataset, TaskPool, load_tasks, read_images
+from pizoo.data import DataNotFoundError, Dataset, TaskPool, load_tasks, read_images
 from pizoo.evaluation.accuracy import accuracy, correct, predict
 from pizoo.evaluation.fewshot import measure_splits
 from pizoo.evaluation.transfer import described, measure_transfer
@@ -116,6 +116,16 @@ def attach_training_images(model: nn.Module, train_x: Tensor, normalize) -> None
         model.attach(normalize(train_x.to(model.dual.device), torch.float64))
 
 
+def _attach_own_images(model: nn.Module, entry: str | os.PathLike, data_dir: str | os.PathLike | None) -> None:
+    """:func:`attach_training_images`, of the data set that a regressor's recipe names."""
+    if isinstance(model, KernelRegressor) and model.train_x is None:
+        try:
+            dataset = zoo.dataset(model.config, data_dir)
+        except DataNotFoundError as error:
+            raise DataNotFoundError(f"{entry} is a kernel, which predicts from its training images: {error}") from None
+        attach_training_images(model, dataset.train_x, zoo.preprocessing(model.config))
+
+
 def correct_once_loaded(folder: Path, dataset: Dataset, normalize, device: torch.device) -> Tensor:
     """Which test images a checkpoint classifies correctly when it is loaded as a user loads it: bool [n]."""
     model, _ = checkpoint.load(folder, device=device)
@@ -127,14 +137,19 @@ def classify(
     entry: str | os.PathLike,
     images: Sequence[str | os.PathLike],
     *,
+    data_dir: str | os.PathLike | None = None,
     device: torch.device | str | None = None,
     top: int = 3,
     rows_on: str = "auto",
 ) -> list[list[tuple[str, float]]]:
     """The likeliest classes of image files, with their probabilities (for kernel regressors: scores).
 
+    Args:
+        data_dir: where a kernel regressor's training images are, from which it predicts (:func:`pizoo.data.data_directory`).
+
     Raises:
         ValueError: a net that takes no images, a file that is none.
+        DataNotFoundError: a kernel regressor whose training images are not here.
     """
     model = zoo.load(entry, device=device, rows_on=rows_on)
     recipe = zoo.recipe_of(model.config, entry)
@@ -146,6 +161,7 @@ def classify(
     if len(data["input_size"]) != 3:
         raise ValueError(f"{entry} takes vectors {data['input_size']}, not images")
     pixels = read_images([Path(image) for image in images], tuple(data["input_size"]))
+    _attach_own_images(model, entry, data_dir)
     # Files hold 0 to 255; the net's data set may count its pixels otherwise (the digits: 0 to 16).
     logits = predict(model, pixels.float() * (data["scale"] / 255), zoo.preprocessing(model.config))
     scores = logits if isinstance(model, KernelRegressor) else logits.softmax(1)

@@ -21,6 +21,8 @@ from pizoo.models import PiNet
 
 VALIDATION = 0.2  # of the training images, where ridges are to choose from
 PIXELS_AT_ONCE = 2**26
+FEATURE_BYTES = 4 + 8  # of a number: as the net gives it, and in float64, as it is solved
+REMEDY = "; or take fewer training images (--subset), or solve iteratively (--iterative)"
 
 
 class EntryFeatures:
@@ -31,18 +33,21 @@ class EntryFeatures:
         on: a data set's name, or the path of one's own; its pixels are normalised by the mean and standard deviation of each
             channel over its training images. None: the one that the entry's number is on, as its recipe normalises it.
         subset: of so many training images; None: all.
-        tested: there must be a test part, for :meth:`regress`.
+        ridges: how many :meth:`regress` will be given: there must be a test part then; 0: none.
+        iterative: it will solve iteratively; else there must be room for the kernel, too, before features are computed.
         data_dir, device, epoch, rows_on: as for :func:`pizoo.evaluate`.
 
     Attributes:
         model: the net.
         features: a data set with features for images, on the net's device.
         seconds: how long it took to compute them.
+        trained_on: whether these are the images that the net was trained on: held-out ones are none then.
 
     Raises:
         CheckpointError: a checkpoint without a recipe, which says of no size that images must have.
         TypeError: an entry without features.
-        ValueError: images of another size than the net's; with ``tested``, a data set without a test part.
+        ValueError: images of another size than the net's; with ``ridges``, a data set without a test part.
+        NotEnoughMemory: the kernel that ``ridges`` are solved with does not fit.
     """
 
     def __init__(
@@ -51,7 +56,8 @@ class EntryFeatures:
         on: str | None = None,
         subset: int | None = None,
         *,
-        tested: bool = False,
+        ridges: int = 0,
+        iterative: bool = False,
         data_dir: str | os.PathLike | None = None,
         device: torch.device | str | None = None,
         epoch: int | None = None,
@@ -69,13 +75,26 @@ class EntryFeatures:
         else:
             images = named_dataset(on, tuple(recipe["data"]["input_size"]), data_dir)
             normalize = own_normalize(images.train_x)
-        if tested:
+        self.trained_on = _is_data_of(recipe, on)
+        if ridges:
             check_test_part(images)
         if subset is not None:
             images = take_subset(images, subset)
+        if ridges and not iterative:
+            self._check_solving(images, ridges)
         begin = time.perf_counter()
         self.features: Dataset = featured(self.model, images, normalize)
         self.seconds = time.perf_counter() - begin
+
+    def _check_solving(self, images: Dataset, ridges: int) -> None:
+        """Raise NotEnoughMemory unless what :meth:`regress` decomposes fits beside features that are yet to be computed."""
+        if not isinstance(self.model, PiNet):  # which has no features, as is told there
+            return
+        count, device = len(images.train_y), next(self.model.parameters()).device
+        taken = FEATURE_BYTES * self.model.num_features * (count + len(images.test_y))
+        kernels.check_solving(count, 1, device, REMEDY, taken)
+        if ridges > 1:
+            kernels.check_solving(count - round(VALIDATION * count), ridges, device, REMEDY, taken)
 
     def save(self, path: str | os.PathLike) -> tuple[int, int]:
         """Write the kernel between all images, training images first, to an ``.npy``; returns its shape.
@@ -91,8 +110,8 @@ class EntryFeatures:
         """Accuracy of ridge regression on the kernel of the training images, on the test images.
 
         Args:
-            ridges: of several the one that does best on a fifth of the training images, held out, is taken. (A net trained on
-                these very images knows them all: give it one ridge.)
+            ridges: of several the one that does best on a fifth of the training images, held out, is taken. (A net
+                ``trained_on`` these very images knows them all: give it one ridge.)
             tolerance: solve iteratively to this relative residual (:func:`pizoo.kernels.solve_iteratively`): for kernels that
                 do not fit; None: directly, in float64.
 
@@ -122,6 +141,16 @@ class EntryFeatures:
             "feature_seconds": self.seconds,
             "seconds": time.perf_counter() - begin,
         }
+
+
+def _is_data_of(recipe: dict[str, Any], on: str | None) -> bool:
+    """Whether a data set is the one that a recipe trains on; ``on``: what :class:`EntryFeatures` takes."""
+    data = recipe["data"]
+    if on is None:
+        return recipe.get("transfer") is None
+    if on in list_datasets() or data.get("path") is None:
+        return on == data["name"] and data.get("path") is None
+    return Path(on).expanduser().resolve() == Path(data["path"]).expanduser().resolve()
 
 
 def check_out(path: str | os.PathLike) -> None:

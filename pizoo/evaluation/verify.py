@@ -215,10 +215,14 @@ def _checked_types(value: Any, types: Any, where: Path | str) -> Any:
 def _checked(results: dict[str, Any], images: int | None, there: int | None, device: torch.device) -> str:
     """What the recorded number is of, without ``quick``; ``there``: how many test images, None: not known."""
     if "transfer" in results:
-        part = results["transfer"]
-        if not measures_all(part["training_images"], device):
-            part = results.get("verification", part)
-        return f"{part['test_images']:,} test images, {part['training_images']:,} training images"
+        whole = part = results["transfer"]
+        if not measures_all(whole["training_images"], device):
+            part = results.get("verification", whole)
+        counts = [
+            f"{part[key]:,}" + (f" of {whole[key]:,}" if part[key] < whole[key] else "")
+            for key in ("test_images", "training_images")
+        ]
+        return "{} test images, {} training images".format(*counts)
     if tasks := results.get("verification"):
         return f"{tasks['tasks']:,} tasks of {results['split']}"
     if images is None:

@@ -11,6 +11,8 @@ alone.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
@@ -204,7 +206,12 @@ class Adaptable(nn.Module):
 
     A subclass has ``d_in``, ``num_classes``, ``all_layers`` and ``features``; its layers have ``kernel``, ``alpha``, ``bias``
     and ``bias_alpha``.
+
+    Attributes:
+        input_size: [C, H, W], of a net that was loaded and takes images: others are refused; None: not known.
     """
+
+    input_size: tuple[int, ...] | None = None
 
     @property
     def all_layers(self) -> list[nn.Module]:
@@ -283,11 +290,25 @@ def task_inputs(model: Adaptable, x: Tensor, single: bool, name: str) -> Tensor:
         shape = list(x.shape[1:] if single else x.shape)
         wanted = f"[N, {model.d_in}] or [N, C, H, W] with C*H*W = {model.d_in}"
         raise ValueError(f"{name} has shape {shape}; it must be {wanted}, and of several tasks [T, N, ...]")
+    if model.input_size is not None:
+        check_layout(x.shape[2:], model.input_size, name)
     if not x.is_floating_point():
         raise ValueError(f"{name} has dtype {x.dtype}; it must be floating point")
     check_pixels(model, x, name)
     anchor = next((t for t in (*model.parameters(), *model.buffers())), x)
     return x.flatten(2).to(anchor.device, anchor.dtype)
+
+
+def check_layout(shape: Sequence[int], input_size: Sequence[int], name: str = "x") -> None:
+    """Raise ValueError unless inputs of ``shape`` each, flattened, are what a net of that ``input_size`` [C, H, W] takes.
+
+    Vectors are taken to be; sizes of 1 change nothing.
+    """
+    if len(shape) > 1 and [n for n in shape if n != 1] != [n for n in input_size if n != 1]:
+        raise ValueError(
+            f"{name} holds items of shape {list(shape)}; this net takes images [C, H, W] of {list(input_size)}, channels "
+            f"first, or vectors of {math.prod(input_size)}"
+        )
 
 
 def check_pixels(model: nn.Module, x: Tensor, name: str) -> None:

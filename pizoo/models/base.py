@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from pizoo.models.adapt import Adaptable, NearestNeighbour
+from pizoo.models.adapt import Adaptable, NearestNeighbour, check_layout
 from pizoo.models.pretrained import Pretrained
 from pizoo.nn import InfPiInput, InfPiLinear, check_finite, check_positive
 from pizoo.rows import Rows, rows_problem
@@ -40,12 +40,15 @@ class PiNet(Adaptable, Pretrained):
         """[B, d] or [B, C, H, W] (channel-first) -> [B, d].
 
         Raises:
-            ValueError: another number of values per sample than ``d_in``, or an empty batch.
+            ValueError: another number of values per sample than ``d_in``, images of another size than ``input_size``, or an
+                empty batch.
         """
         if x.ndim < 2 or math.prod(x.shape[1:]) != self.d_in:
             raise ValueError(
                 f"x has shape {list(x.shape)}; it must be [B, {self.d_in}] or [B, C, H, W] with C*H*W = {self.d_in}"
             )
+        if self.input_size is not None and x.shape[1:] != self.input_size:
+            check_layout(x.shape[1:], self.input_size)
         return x.flatten(1)
 
     def reset_classifier(self, num_classes: int) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from pizoo import functional, kernels
 from pizoo.data import fingerprint
-from pizoo.models.adapt import Adaptable
+from pizoo.models.adapt import Adaptable, check_layout
 from pizoo.nn import check_finite, check_positive
 
 
@@ -34,6 +34,7 @@ class KernelRegressor(nn.Module):
     """
 
     kernel_function = None
+    input_size: tuple[int, ...] | None = None  # as of a net: pizoo.models.adapt.Adaptable
 
     def __init__(self, d_in: int, d_out: int, ridge: float = 1e-4, train_fingerprint: str | None = None, **kernel: Any):
         super().__init__()
@@ -118,6 +119,8 @@ class KernelRegressor(nn.Module):
         return self.scores(self._flatten(x).to(self.dual), self.train_x)
 
     def _flatten(self, x: Tensor) -> Tensor:
+        if self.input_size is not None:
+            check_layout(x.shape[1:], self.input_size)
         x = x.flatten(1) if x.ndim > 1 else x
         if x.ndim != 2 or x.shape[1] != self.d_in or len(x) == 0:
             raise ValueError(

@@ -21,8 +21,10 @@ from typing import Any
 import yaml
 
 import pizoo
-from pizoo.recipes.messages import RecipeError, nearest_entry, show
+from pizoo.recipes.messages import RecipeError, is_nearest, nearest_entry, show
 from pizoo.recipes.recipe import ENTRYS_OWN, Recipe, decisive
+
+EXTENDS = "extends"
 
 
 def list_recipes() -> list[str]:
@@ -130,7 +132,10 @@ def _read(path: Path, chain: tuple[Path, ...] = ()) -> dict[str, Any]:
         raw = _parse(file, str(path))
     if not isinstance(raw, dict):
         raise RecipeError(f"{path}: found {show(raw)}; must be a mapping of a recipe's keys")
-    base = raw.pop("extends", None)
+    for key in raw:  # of what it would have been extended from, all would be missing
+        if EXTENDS not in raw and is_nearest(key, EXTENDS, Recipe.model_fields):
+            raise RecipeError(f"{path}: {key}: unknown key; did you mean {EXTENDS!r}?")
+    base = raw.pop(EXTENDS, None)
     if base is None:
         return raw
     common = {file.stem: file for file in (recipes_dir() / "common").glob("*.yaml")}

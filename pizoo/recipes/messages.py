@@ -91,6 +91,11 @@ def nearest(name: Any, allowed: Iterable[str]) -> str:
     return (f"did you mean {near[0]!r}? " if near else "") + f"allowed: {', '.join(sorted(allowed))}"
 
 
+def is_nearest(name: Any, wanted: str, others: Iterable[str]) -> bool:
+    """Whether a name that is none of ``others`` is ``wanted`` misspelt, rather than one of them."""
+    return name not in others and _near(name, [wanted, *others]) == [wanted]
+
+
 def nearest_entry(name: Any, entries: Iterable[str]) -> str:
     """Of names too many to list: the nearest, or what lists them."""
     near = _near(name, entries)

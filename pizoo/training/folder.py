@@ -16,8 +16,10 @@ LOCK = "train.lock"
 
 
 def check_folder(folder: Path, recipe: Recipe) -> None:
-    """Raise CheckpointError if a folder holds another recipe's training, or a shipped net that training would mix with."""
+    """Raise CheckpointError if a folder holds another recipe's training, a shipped net that training would mix with, or the
+    trainings of several seeds, whose results it would overwrite."""
     if not (folder / CONFIG).exists():
+        _check_no_seeds(folder)
         return
     config = read_config(folder)
     if "converted" in config:
@@ -30,6 +32,21 @@ def check_folder(folder: Path, recipe: Recipe) -> None:
         )
     if recipe.train is not None and (folder / checkpoint.MODEL).exists():
         raise CheckpointError(f"{folder} holds a shipped net, not a training; choose another folder")
+
+
+def _check_no_seeds(folder: Path) -> None:
+    """Raise CheckpointError if a folder without a training of its own holds those of several seeds, or results."""
+    seeds = sorted(config.parent.name for config in folder.glob(f"{checkpoint.seed_key('*')}/{CONFIG}"))
+    results = [checkpoint.RESULTS] if (folder / checkpoint.RESULTS).exists() else []
+    if seeds:
+        raise CheckpointError(
+            f"{folder} holds trainings of several seeds ({', '.join(seeds + results)}), which a single one would mix with; "
+            "choose another folder, or go on with them: --seeds"
+        )
+    if results:
+        raise CheckpointError(
+            f"{folder} holds a {checkpoint.RESULTS} of something else, which a training would overwrite; choose another folder"
+        )
 
 
 def _difference(found: Any, wanted: Any, key: str = "") -> str:
