@@ -46,8 +46,8 @@ def test_its_checkpoint_evaluates_and_verifies_as_recorded(trained):
     measured = pizoo.evaluate(trained.folder)
     assert measured["accuracy"] == trained.results["accuracy"] and measured["images"] == 10_000
     report = pizoo.verify(trained.folder, device="cpu")
-    assert (report.status, report.reproduction) == ("verified", "below")
-    assert report.published == 61.50
+    # Overrides make another net than the published one.
+    assert (report.status, report.reproduction, report.published) == ("verified", "no published number", None)
 
 
 @pytest.mark.parametrize("entry", ["cifar10_mu", "cifar10_finpi", "cifar10_infpi"])
