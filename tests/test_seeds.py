@@ -104,6 +104,16 @@ def test_wall_time_counts_every_session_of_a_training(recipe, tmp_path):
     assert sum(walls) < again.results["wall_seconds"] < first.results["wall_seconds"] + 5
 
 
+def test_seeds_of_another_recipe_are_refused_where_a_summary_would_be_overwritten(recipe, tmp_path):
+    run_seeds(recipe, [0, 1], tmp_path, device=CPU)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    other = load_recipe("digits_infpi", (*TINY, "train.lr=0.01"))
+    with pytest.raises(CheckpointError, match=r"seed-0 .*train\.lr"):
+        run_seeds(other, [2, 3], tmp_path, device=CPU)
+    assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    assert len(run_seeds(recipe, [2], tmp_path, device=CPU)["seeds"]) == 1  # more of the same are welcome
+
+
 def test_seeds_are_refused_before_anything_is_trained(recipe, tmp_path):
     pizoo.train(recipe, tmp_path / "single", device=CPU)
     with pytest.raises(CheckpointError, match="single holds a training of its own"):

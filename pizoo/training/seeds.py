@@ -21,6 +21,7 @@ from pizoo.files import CheckpointError, write_json
 from pizoo.memory import choose_device
 from pizoo.plots import CURVES, draw_curves, rows_by_epoch
 from pizoo.recipes import Recipe
+from pizoo.training.folder import check_folder
 from pizoo.training.results import TrainResult
 from pizoo.training.train import train
 from pizoo.training.transfer import target_correct
@@ -80,13 +81,17 @@ def train_seeds(
     One at a time: a run that the caller lets go of gives its memory back before the next begins.
 
     Raises:
-        CheckpointError: ``runs`` holds a training of its own.
+        CheckpointError: ``runs`` holds a training of its own, or seeds of another recipe, of which it has the results.
         ValueError: the data set has no test part to compare seeds on. For the rest see :func:`pizoo.train`.
     """
     runs, device = Path(runs), choose_device(device)
     recipes = {seed: recipe.with_seed(seed) for seed in seeds}
     if (runs / CONFIG).exists():
         raise CheckpointError(f"{runs} holds a training of its own; choose another folder for several seeds")
+    for there in sorted(config.parent for config in runs.glob(f"{checkpoint.seed_key('*')}/{CONFIG}")):
+        seed = there.name.removeprefix(checkpoint.seed_key(""))
+        if seed.isdecimal():
+            check_folder(there, recipe.with_seed(int(seed)))
     if len(recipes) > 1 and not seeds_differ(recipe):
         raise ValueError(
             f"seeds is {list(recipes)}; {recipe.entry} is a kernel, which is not trained: every seed gives the same"
