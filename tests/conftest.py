@@ -1,6 +1,8 @@
 """What all tests share."""
 
+import importlib.util
 import sys
+from pathlib import Path
 
 import loopback_hub  # isort: skip (before anything imports huggingface_hub: no test talks to the real Hub)
 
@@ -35,6 +37,20 @@ def pizoo_command(monkeypatch, capsys):
         return Outcome(code, captured.out, captured.err)
 
     return run
+
+
+@pytest.fixture
+def load_benchmark():
+    """Gives a file of ``benchmarks/`` as a module, by its name."""
+
+    def load(name: str):
+        path = Path(__file__).parents[1] / "benchmarks" / f"{name}.py"
+        spec = importlib.util.spec_from_file_location(name, path)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module
+
+    return load
 
 
 @pytest.fixture(scope="session")

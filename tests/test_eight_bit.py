@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
 import sys
-from pathlib import Path
 
 import pytest
 
@@ -14,17 +12,13 @@ from pizoo.checkpoint import seed_key
 from pizoo.files import read_json
 from pizoo.training.seeds import SeedRun
 
-SPEC = importlib.util.spec_from_file_location("eight_bit", Path(__file__).parents[1] / "benchmarks" / "eight_bit.py")
-eight_bit = importlib.util.module_from_spec(SPEC)
-SPEC.loader.exec_module(eight_bit)
-
 ENTRY = "digits_infpi"
 
 
 @pytest.fixture
-def benchmark_of(monkeypatch, tmp_path):
+def benchmark_of(load_benchmark, monkeypatch, tmp_path):
     """Run the benchmark on seeds whose trainings are told: as the card's, but for so many images more that are wrong."""
-    card, path = read(zoo.card(ENTRY)), tmp_path / "found.json"
+    eight_bit, card, path = load_benchmark("eight_bit"), read(zoo.card(ENTRY)), tmp_path / "found.json"
 
     def run(more_wrong: dict[int, int]) -> dict:
         def trained(recipe, seeds, *_, **__):

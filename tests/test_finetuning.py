@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
 import sys
-from pathlib import Path
 
 import pytest
 
@@ -16,13 +14,8 @@ SUBSET, EPOCHS = 100, 2
 
 
 @pytest.fixture
-def finetuning():
-    spec = importlib.util.spec_from_file_location(
-        "finetuning", Path(__file__).parents[1] / "benchmarks" / "finetuning.py"
-    )
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def finetuning(load_benchmark):
+    return load_benchmark("finetuning")
 
 
 @pytest.fixture

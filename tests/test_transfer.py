@@ -284,6 +284,7 @@ def test_without_a_gpu_verify_measures_the_smaller_problem_that_is_recorded(card
     assert (
         report.check == f"100 of {whole['test_images']} test images, 300 of {whole['training_images']} training images"
     )
+    assert report.part
     assert report.measured == report.recorded == results["verification"]["accuracy"] != results["accuracy"]
     assert pizoo.verify(card, device="cpu", quick=True).status == "verified"
     assert pizoo.verify(card, device="cpu", images=10).status == "not run"

@@ -75,15 +75,11 @@ def _part(report: VerifyReport) -> str:
     """Of what problem the numbers of transfer are; empty for other entries, and where nothing was measured."""
     if report.measured is None or "training images" not in report.check:
         return ""
-    if not _on_a_part(report):
+    if not report.part:
         return f"ridge regression on {report.check}"
     return (
         f"recorded and measured are ridge regression on a part, {report.check}; mean and published are on all of them"
     )
-
-
-def _on_a_part(report: VerifyReport) -> bool:
-    return report.check.endswith("training images") and " of " in report.check
 
 
 def _alike(told: dict[str, str]) -> Iterator[tuple[str, str]]:
@@ -103,7 +99,7 @@ def _cells(report: VerifyReport) -> tuple[str, ...]:
     from pizoo.evaluation.reproduction import verdict
 
     marked = {"verified": "[green]verified[/]", "mismatch": "[red]mismatch[/]"}
-    probe, part = report.check == "probe", " (part)" if report.measured is not None and _on_a_part(report) else ""
+    probe, part = report.check == "probe", " (part)" if report.part else ""
     measured = percent(report.measured, report.half_width) + part
     return (
         marked.get(report.status, "[yellow]not run[/]"),

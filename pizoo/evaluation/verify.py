@@ -66,6 +66,7 @@ class VerifyReport:
         differing: how many of these test images (queries of tasks) were right when recorded and wrong now, or the reverse;
             None: not recorded.
         half_width: of the 95 % interval of ``measured`` over tasks, in points; None: not measured on tasks.
+        part: whether ``recorded`` and ``measured`` are on a part of the images that ``mean`` and ``published`` are on.
         reproduction: does our training reproduce the paper? ``mean`` against ``published``.
         mean, standard_error, seeds: recorded accuracy over seeds.
         published: the paper's accuracy in percent, if it gives one.
@@ -80,6 +81,7 @@ class VerifyReport:
     measured: float | None
     differing: int | None
     half_width: float | None
+    part: bool
     reproduction: Reproduction
     mean: float | None
     standard_error: float | None
@@ -100,6 +102,7 @@ class _Outcome(NamedTuple):
     measured: float | None = None
     differing: int | None = None
     half_width: float | None = None
+    part: bool = False
 
 
 class _Found(NamedTuple):
@@ -287,7 +290,7 @@ def _transfer_accuracy(found: _Found, data_dir: str | os.PathLike | None, images
     part, key = recorded, checkpoint.SHIPPED
     if (len(split.train_y), len(split.test_y)) != (recorded["training_images"], recorded["test_images"]):
         part, key = found.results["verification"], checkpoint.VERIFIED
-    return _compared(found, part["accuracy"], right, key)
+    return _compared(found, part["accuracy"], right, key)._replace(part=part is not recorded)
 
 
 def _compared(found: _Found, recorded: float, right: Tensor, key: str = checkpoint.SHIPPED) -> _Outcome:

@@ -14,9 +14,7 @@ from pizoo.ops.hopper import blocks_of
 
 ROWS = 8 * 16  # that the warps of a program take at once
 THREADS = 8 * 32
-MOST_SAMPLES = (
-    32  # in tiles of 8 they read the rows four times, as Triton's kernel does; that has larger tiles for more
-)
+MOST_SAMPLES = 32  # in tiles of 8, as Triton's kernel has them; for more than these that has larger ones
 MOST_SUMS = 128  # of a thread: what fits its registers
 
 

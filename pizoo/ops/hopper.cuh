@@ -65,7 +65,7 @@ struct Share {
     }
 };
 
-// See follow.
+// Brings sums that are kept in one unit into the next, as follow chooses it.
 template <int TILES, int SUMS>
 __device__ __forceinline__ void change_unit(float (&sums)[TILES][SUMS], float& unit, float next) {
     if (next == unit) return;

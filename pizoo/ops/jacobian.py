@@ -97,10 +97,8 @@ def _stages(r: int, r_out: int, dtype: torch.dtype, shared: int) -> int:
         stage, inputs = 128 * blocks_of(ROWS * columns + UNIT, 128), 64 * SAMPLES * blocks_of(r, 32)
     else:
         stage, inputs = 2 * ROWS * WIDTH * max(2, blocks_of(r, WIDTH)), 2 * SAMPLES * 16 * blocks_of(r, 16)
-    weights, rest = (
-        2 * 2 * ROWS * _columns(r_out),
-        4 * 4 * SAMPLES * r_out * 2 + 1024,
-    )  # outputs, barriers, what alignment costs
+    weights = 2 * 2 * ROWS * _columns(r_out)
+    rest = 4 * 4 * SAMPLES * r_out * 2 + 1024  # outputs, barriers, what alignment costs
     stages = min(6, (shared - inputs - weights - rest) // stage)
     return stages if stages * stage >= 4 * SAMPLES * r_out * (r + 4) else 0
 

@@ -34,9 +34,14 @@ def check_folder(folder: Path, recipe: Recipe) -> None:
         raise CheckpointError(f"{folder} holds a shipped net, not a training; choose another folder")
 
 
+def seed_folders(folder: Path) -> list[Path]:
+    """The trainings of several seeds that a folder holds, each with its own."""
+    return sorted(config.parent for config in folder.glob(f"{checkpoint.seed_key('*')}/{CONFIG}"))
+
+
 def _check_no_seeds(folder: Path) -> None:
     """Raise CheckpointError if a folder without a training of its own holds those of several seeds, or results."""
-    seeds = sorted(config.parent.name for config in folder.glob(f"{checkpoint.seed_key('*')}/{CONFIG}"))
+    seeds = [path.name for path in seed_folders(folder)]
     results = [checkpoint.RESULTS] if (folder / checkpoint.RESULTS).exists() else []
     if seeds:
         raise CheckpointError(

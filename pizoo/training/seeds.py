@@ -21,7 +21,7 @@ from pizoo.files import CheckpointError, write_json
 from pizoo.memory import choose_device
 from pizoo.plots import CURVES, draw_curves, rows_by_epoch
 from pizoo.recipes import Recipe
-from pizoo.training.folder import check_folder
+from pizoo.training.folder import check_folder, seed_folders
 from pizoo.training.results import TrainResult
 from pizoo.training.train import train
 from pizoo.training.transfer import target_correct
@@ -88,7 +88,7 @@ def train_seeds(
     recipes = {seed: recipe.with_seed(seed) for seed in seeds}
     if (runs / CONFIG).exists():
         raise CheckpointError(f"{runs} holds a training of its own; choose another folder for several seeds")
-    for there in sorted(config.parent for config in runs.glob(f"{checkpoint.seed_key('*')}/{CONFIG}")):
+    for there in seed_folders(runs):
         seed = there.name.removeprefix(checkpoint.seed_key(""))
         if seed.isdecimal():
             check_folder(there, recipe.with_seed(int(seed)))
